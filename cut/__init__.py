@@ -1,0 +1,1 @@
+"""Contrastive unlikelihood training (CUT): learn from judgments, token by token."""

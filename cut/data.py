@@ -1,0 +1,248 @@
+"""CUT data: records -> examples -> rows -> batch.
+
+A record is a JSON object `{instruction, input?, output, judgment, score?, id?, ...}`. It becomes
+one example: Align-P (a satisfactory response) or a pair, Align-N and Misalign (an unsatisfactory
+response, with the judgment that says so and without it). A row is token ids of which the last
+few are supervised; an Align-P example has one row, a pair two.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+from lm.records import InputError, Record, check_fields
+from lm.templates import Template, prompt_ids, response_ids
+
+POSITIVE_SCORE = 7  # released code: such a score makes a record positive whatever its judgment
+FAILED = "$ERROR$"  # an annotation that failed, in the published iteration files
+DOWNSAMPLE_SEED = 42  # released code
+
+
+@dataclass(frozen=True)
+class Example:
+    """One response to learn from; `judgment` is None for Align-P, the criticism for a pair."""
+
+    record: str  # which record of which file, for messages
+    instruction: str
+    response: str
+    judgment: str | None
+
+
+@dataclass
+class Counts:
+    """What became of the records."""
+
+    records: int = 0
+    positives: int = 0
+    negatives: int = 0
+    dropped: int = 0  # blank or failed judgments
+    positives_kept: int = 0
+
+    def __str__(self) -> str:
+        return (f"{self.records} records: {self.negatives} negative, {self.positives_kept} of "
+                f"{self.positives} positive used, {self.dropped} with a failed judgment dropped")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids; the last `supervised` of them have a loss."""
+
+    ids: list[int]
+    supervised: int
+
+    @property
+    def loss_mask(self) -> list[bool]:
+        """True where the token is supervised."""
+        return [False] * (len(self.ids) - self.supervised) + [True] * self.supervised
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one example. The last `response` tokens of each row are the response and EOS."""
+
+    record: str
+    aligned: Row  # Align-P, or Align-N with the judgment
+    misaligned: Row | None  # Misalign: the same response without the judgment
+    response: int
+    cut: int = 0  # tokens that did not fit into cutoff_len
+    weight: float = 1.0  # 0 for the padding examples that make batches even across processes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to run, which is what an example costs."""
+        return len(self.aligned.ids) + (len(self.misaligned.ids) if self.misaligned else 0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples as R rows, B aligned ones and then the Misalign rows of the pairs, in order."""
+
+    input_ids: Tensor  # [R, T], right-padded
+    attention_mask: Tensor  # [R, T]
+    loss_mask: Tensor  # bool [R, T]
+    negative: Tensor  # bool [B]: which examples are pairs
+    response: Tensor  # [B]: response tokens of each example
+    weight: Tensor  # [B]
+    records: list[str] = field(default_factory=list)  # [B]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
+                                if isinstance(value, Tensor)})
+
+
+def examples_of(records: Sequence[Record], source: str, *, downsample: float = -1,
+                as_released: bool = False) -> tuple[list[Example], Counts]:
+    """Check every record and turn it into an example.
+
+    Blank and `$ERROR$` judgments are dropped, or kept as text with `as_released`. Unless
+    `downsample` is -1, only int(negatives * downsample) positives are kept, drawn with seed 42,
+    in the order of the file.
+    """
+    check_fields(records, source, required={"instruction": (str,), "output": (str,),
+                                            "judgment": (str, NoneType)},
+                 optional={"input": (str, NoneType), "score": (int, float, NoneType)})
+    counts = Counts(records=len(records))
+    examples = []
+    for index, record in enumerate(records):
+        judgment = None if _scored_positive(record) else record["judgment"]
+        if judgment is not None and judgment.strip() in ("", FAILED) and not as_released:
+            counts.dropped += 1
+            continue
+        name = f"{source}: record {index}" + (f" (id {record['id']})" if "id" in record else "")
+        examples.append(Example(name, join_input(record), record["output"], judgment))
+    positives = [example for example in examples if example.judgment is None]
+    counts.positives = len(positives)
+    counts.negatives = len(examples) - len(positives)
+    if not counts.negatives:
+        raise InputError(f"{source}: no record has a negative judgment, so there is nothing to "
+                         "contrast; expected text in field 'judgment' of some records")
+    kept = _downsampled(positives, counts.negatives, downsample)
+    counts.positives_kept = len(kept)
+    names = {example.record for example in kept}
+    return [e for e in examples if e.judgment is not None or e.record in names], counts
+
+
+def join_input(record: Record) -> str:
+    """The instruction, with a non-empty `input` after one newline."""
+    return record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
+
+
+def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
+            train_on_inputs: bool = False) -> Rows:
+    """Tokenize an example's rows; a pair's two rows end in the same response ids.
+
+    A row longer than `cutoff_len` loses the start of its instruction and judgment first (the
+    template's own text stays), down to a quarter of `cutoff_len`, then the response's start.
+    """
+    judgments = [None] if example.judgment is None else [example.judgment, None]
+    prompts = [_Prompt.of(example.instruction, judgment, template, tokenizer)
+               for judgment in judgments]
+    response = response_ids(tokenizer, example.response)
+    room = min(cutoff_len - prompt.least(cutoff_len) for prompt in prompts)
+    if room < 1:
+        frame = max(prompt.head + prompt.tail for prompt in prompts)
+        raise InputError(f"--cutoff_len {cutoff_len} leaves no room for a response: template "
+                         f"'{template.name}' alone has {frame} tokens; raise it")
+    kept = response[-room:]
+    fitted = [prompt.fit(cutoff_len - len(kept)) for prompt in prompts]
+    lost = sum(len(p.ids) - len(f) for p, f in zip(prompts, fitted, strict=True))
+    rows = [Row(ids + kept, len(kept)) for ids in fitted]
+    if train_on_inputs:
+        rows[0] = replace(rows[0], supervised=len(rows[0].ids) - 1)
+    return Rows(example.record, rows[0], rows[1] if len(rows) == 2 else None, len(kept),
+                cut=lost + len(rows) * (len(response) - len(kept)))
+
+
+def collate(examples: Sequence[Rows], pad_id: int) -> Batch:
+    """Pad the rows of some examples on the right, the pairs' Misalign rows last.
+
+    >>> pair = Rows("a", aligned=Row([5, 6, 7, 8], 2), misaligned=Row([5, 7, 8], 2), response=2)
+    >>> good = Rows("b", aligned=Row([5, 9], 1), misaligned=None, response=1)
+    >>> batch = collate([pair, good], pad_id=0)
+    >>> batch.input_ids.tolist()
+    [[5, 6, 7, 8], [5, 9, 0, 0], [5, 7, 8, 0]]
+    >>> batch.loss_mask.int().tolist()
+    [[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]
+    >>> batch.negative.tolist(), batch.response.tolist()
+    ([True, False], [2, 1])
+    """
+    rows = [e.aligned for e in examples] + [e.misaligned for e in examples if e.misaligned]
+    width = max(len(row.ids) for row in rows)
+    return Batch(
+        input_ids=torch.tensor([_pad(row.ids, width, pad_id) for row in rows]),
+        attention_mask=torch.tensor([_pad([1] * len(row.ids), width, 0) for row in rows]),
+        loss_mask=torch.tensor([_pad(row.loss_mask, width, False) for row in rows]),
+        negative=torch.tensor([e.misaligned is not None for e in examples]),
+        response=torch.tensor([e.response for e in examples]),
+        weight=torch.tensor([e.weight for e in examples]),
+        records=[e.record for e in examples],
+    )
+
+
+def within_budget(examples: Sequence[Rows], tokens: int) -> list[list[Rows]]:
+    """Split examples into groups of at most `tokens` tokens each, one example at least."""
+    groups: list[list[Rows]] = []
+    left = 0
+    for example in examples:
+        if not groups or example.tokens > left:
+            groups.append([])
+            left = tokens
+        groups[-1].append(example)
+        left -= example.tokens
+    return groups
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt's ids; its first `head` and last `tail` are the template's and are kept."""
+
+    ids: list[int]
+    head: int
+    tail: int
+
+    @classmethod
+    def of(cls, instruction: str, judgment: str | None, template: Template, tokenizer):
+        before, after = template.frame(judgment is not None)
+        ids = prompt_ids(tokenizer, template.render(instruction, judgment))
+        after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        head = _common_prefix(ids, prompt_ids(tokenizer, before))
+        tail = _common_prefix(ids[:head - 1:-1] if head else ids[::-1], after_ids[::-1])
+        return cls(ids, head, tail)
+
+    def least(self, cutoff_len: int) -> int:
+        """Tokens that a response may not take away."""
+        return min(len(self.ids), self.head + self.tail + cutoff_len // 4)
+
+    def fit(self, room: int) -> list[int]:
+        """At most `room` ids: what follows the head loses its start."""
+        lost = max(0, len(self.ids) - room)
+        return self.ids[:self.head] + self.ids[self.head + lost:]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _scored_positive(record: Record) -> bool:
+    return (record.get("score") or 0) >= POSITIVE_SCORE
+
+
+def _downsampled(positives: list[Example], negatives: int, ratio: float) -> list[Example]:
+    wanted = int(negatives * ratio)
+    if ratio == -1 or wanted >= len(positives):
+        return positives
+    return random.Random(DOWNSAMPLE_SEED).sample(positives, wanted)
+
+
+def _pad(values: list, width: int, filler: object) -> list:
+    return values + [filler] * (width - len(values))

@@ -1,0 +1,342 @@
+"""The steps of `finetune_unlikelihood.py`: check -> data -> run folder -> model -> trainer -> save.
+
+Imported by that script only; in a notebook use `cut.data`, `cut.trainer` and `lm` directly.
+"""
+
+import importlib.util
+import math
+import os
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+
+from cut.data import Counts, Example, Rows, examples_of, rows_of
+from cut.log_probs import check_head
+from cut.trainer import TOKENS_PER_FORWARD, CutSettings, CutTrainer
+from lm import models, runs
+from lm.records import InputError, read_records
+from lm.templates import load_template
+
+DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
+SHOWN_EXAMPLES = 3  # by --dry_run: the first Align-P and pairs
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what it was made of."""
+
+    tokenizer: object
+    counts: Counts
+    examples: list[Example]  # of `train`, in the same order
+    train: list[Rows]
+    validation: list[Rows]
+
+
+def check(flags: dict) -> SimpleNamespace:
+    """The settings, with their defaults that depend on other flags; stops at what cannot work."""
+    settings = SimpleNamespace(**flags)
+    for name in ("base_model", "data_path", "output_dir"):
+        if not getattr(settings, name):
+            raise InputError(f"--{name} is required (--help lists every flag)")
+    for name in ("batch_size", "micro_batch_size", "cutoff_len", "logging_steps", "save_steps"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name} is {getattr(settings, name)}; expected 1 or more")
+    if settings.weight_unlike < 0 or settings.gamma < 0 or settings.threshold < 0:
+        raise InputError("--weight_unlike, --gamma and --threshold must not be negative")
+    if settings.full_finetune and settings.load_in in ("8bit", "4bit"):
+        raise InputError(f"--full_finetune cannot train --load_in {settings.load_in} weights; "
+                         "use bf16 or fp32")
+    if settings.as_in_paper and not settings.gamma:
+        settings.gamma = 1.0
+    if settings.wandb_project and settings.report_to == "none":
+        settings.report_to = "wandb"
+    for tracker in settings.report_to.split(","):
+        if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
+            raise InputError(f"--report_to {tracker}: not installed; pip install {tracker}")
+    settings.world_size = world_size()
+    settings.accumulation = _accumulation(settings)
+    return settings
+
+
+def world_size() -> int:
+    """Processes that train together; stops when a launcher started some that do not."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != launched:
+        raise InputError(f"launched as {launched} processes, but each would train alone; on CPUs "
+                         "use torchrun --nproc_per_node=N")
+    if state.is_main_process:
+        print(f"processes: {launched} ({state.distributed_type.value}) on {state.device.type}")
+        idle = torch.cuda.device_count() - 1
+        if launched == 1 and idle > 0:
+            print(f"note: {idle} more GPUs are idle; torchrun --nproc_per_node={idle + 1} "
+                  "uses them all")
+    return launched
+
+
+def load_data(settings: SimpleNamespace) -> Data:
+    """Records -> examples -> rows, split into training and validation."""
+    tokenizer = models.load_tokenizer(settings.base_model)
+    template = load_template(settings.prompt_template_name)
+    examples, counts = examples_of(read_records(settings.data_path), settings.data_path,
+                                   downsample=settings.downsample,
+                                   as_released=settings.as_released)
+    if settings.debug:
+        examples = examples[:DEBUG_EXAMPLES]
+    rows = [rows_of(example, template, tokenizer, settings.cutoff_len, settings.train_on_inputs)
+            for example in examples]
+    held_out = _held_out(len(rows), settings.val_set_size)
+    trained = [index for index in range(len(rows)) if index not in held_out]
+    if is_main():
+        print(f"data: {counts}")
+        if not counts.positives_kept:
+            print("note: no Align-P examples, so nothing shows what a good response is")
+        if cut := sum(row.cut > 0 for row in rows):
+            print(f"note: {cut} of {len(rows)} examples were cut to --cutoff_len "
+                  f"{settings.cutoff_len}")
+    return Data(tokenizer, counts, [examples[index] for index in trained],
+                [rows[index] for index in trained], [rows[index] for index in sorted(held_out)])
+
+
+def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
+    """Claim the output folder; the checkpoint to continue from, if this run was killed before."""
+    output_dir, resume = settings.output_dir, settings.resume_from_checkpoint
+    run = runs.describe_run(vars(settings), settings.data_path)
+    state = PartialState()
+    status = None if resume is False else runs.previous_run(output_dir, run, free)
+    state.wait_for_everyone()
+    if status == "finished" and not isinstance(resume, str):
+        if is_main():
+            print(f"{output_dir}: this run is finished; --resume_from_checkpoint False repeats it")
+        sys.exit(0)
+    if is_main():
+        if resume is False:
+            for old in Path(output_dir).glob("checkpoint-*"):
+                shutil.rmtree(old)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        runs.write_run(output_dir, run)
+    state.wait_for_everyone()
+    settings.run = run
+    if isinstance(resume, str):
+        if not Path(resume).is_dir():
+            raise InputError(f"--resume_from_checkpoint {resume}: no such folder")
+        return resume
+    checkpoint = runs.last_checkpoint(output_dir)
+    if checkpoint and is_main():
+        print(f"continuing from {checkpoint}")
+    return checkpoint
+
+
+def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
+    """The Trainer's part of the settings."""
+    for name in ("project", "watch", "log_model"):
+        if value := getattr(settings, f"wandb_{name}"):
+            os.environ[f"WANDB_{name.upper()}"] = value
+    on_gpu = torch.cuda.is_available()
+    half = on_gpu and (settings.load_in != "fp32" or settings.full_finetune)
+    bf16 = half and torch.cuda.is_bf16_supported()
+    arguments = TrainingArguments(
+        output_dir=settings.output_dir,
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.num_epochs,
+        max_steps=DEBUG_STEPS if settings.debug else settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        bf16=bf16,
+        fp16=half and not bf16,
+        use_cpu=not on_gpu,
+        optim="adamw_torch",
+        logging_steps=1 if settings.debug else settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if settings.val_set_size else "no",
+        eval_steps=0.1 if settings.val_set_size else None,
+        prediction_loss_only=True,
+        seed=settings.seed,
+        report_to=settings.report_to.split(","),
+        run_name=settings.wandb_run_name or None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False if settings.world_size > 1 else None,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
+    return arguments
+
+
+def load_model(settings: SimpleNamespace):
+    """The base model with LoRA layers, or with every weight trainable."""
+    set_seed(settings.seed)  # LoRA's first weights
+    load_in = settings.load_in
+    if settings.full_finetune and load_in == "auto":
+        load_in = "fp32"  # master weights; the forward pass runs in bf16 on a GPU
+    model = models.load_model(settings.base_model, load_in, settings.attn_implementation)
+    if settings.full_finetune:
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
+                                settings.lora_dropout, settings.lora_target_modules,
+                                settings.gradient_checkpointing)
+    if is_main():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"model: {settings.base_model}, {trained / 1e6:.2f} M parameters trained")
+    return model
+
+
+def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
+                 data: Data) -> CutTrainer:
+    """The trainer; checks first that the architecture's logits are understood."""
+    if not (arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        check_head(model, data.train[0].aligned.ids[:32])
+    if is_main():
+        print(_schedule(settings, len(data.train)))
+    return CutTrainer(
+        model=model, args=arguments, train_dataset=data.train,
+        eval_dataset=data.validation or None, processing_class=data.tokenizer,
+        settings=cut_settings(settings), pad_id=pad_id(data.tokenizer),
+        group_by_length=settings.group_by_length)
+
+
+def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
+    """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end."""
+    trainer.save_model(settings.output_dir)
+    trainer.save_state()
+    if is_main():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.write_run(settings.output_dir, settings.run, status="finished",
+                       counts=vars(data.counts), steps=trainer.state.global_step,
+                       first_loss=losses[0], last_loss=losses[-1])
+        print(f"trained {trainer.state.global_step} steps on {len(data.train)} examples: loss "
+              f"{losses[0]:.4f} -> {losses[-1]:.4f}\nsaved to {settings.output_dir}")
+    PartialState().wait_for_everyone()
+
+
+def preview(settings: SimpleNamespace, data: Data) -> None:
+    """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
+    if not is_main():
+        return
+    kinds = [next((i for i, rows in enumerate(data.train) if bool(rows.misaligned) == pair), None)
+             for pair in (True, False)]
+    for index in (i for i in kinds if i is not None):
+        rows = data.train[index]
+        for name, row in (("Align-N" if rows.misaligned else "Align-P", rows.aligned),
+                          ("Misalign", rows.misaligned)):
+            if row:
+                print(f"\n--- {name}, {rows.record}: {len(row.ids)} tokens, the last "
+                      f"{row.supervised} supervised (after the mark)")
+                print(data.tokenizer.decode(row.ids[:-row.supervised]) + "▮"
+                      + data.tokenizer.decode(row.ids[-row.supervised:]))
+    total = sum(rows.tokens for rows in data.train)
+    count = sum(2 if rows.misaligned else 1 for rows in data.train)
+    print(f"\nrows: {count} of {len(data.train)} examples, {total} tokens, the longest example "
+          f"{max(rows.tokens for rows in data.train)}; validation: {len(data.validation)} examples")
+    print(_schedule(settings, len(data.train)))
+    print(memory_estimate(settings, data))
+
+
+def visualize(settings: SimpleNamespace, data: Data) -> None:
+    """`--visualize K`: what the judgments of the first K negative records flag."""
+    from cut.heatmap import show
+
+    if not is_main():
+        return
+    model = models.load_model(settings.base_model, settings.load_in, settings.attn_implementation)
+    pairs = [(example, rows) for example, rows in zip(data.examples, data.train, strict=True)
+             if rows.misaligned][:settings.visualize]
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    show(model, data.tokenizer, [pair[0] for pair in pairs], [pair[1] for pair in pairs],
+         cut_settings(settings), Path(settings.output_dir) / "judgments.html")
+
+
+def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
+    """Weights, what is trained, and activations of the largest forward pass, as one line."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    load_in = settings.load_in
+    if load_in == "auto":
+        load_in = "fp32" if settings.full_finetune or not on_gpu else "8bit"
+    weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4}[load_in]
+    config = AutoConfig.from_pretrained(models.resolve_model(settings.base_model))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+        if not settings.full_finetune:
+            model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
+                                    settings.lora_dropout, settings.lora_target_modules)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = config.get_text_config()
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    # Tensors that one layer keeps for its backward pass, per token: counted for a Llama with LoRA
+    # on its three MLP projections, right to a fifth for SmolLM2-135M.
+    kept = (1 if settings.gradient_checkpointing else 10) * text.hidden_size
+    kept += 0 if settings.gradient_checkpointing else 8 * width
+    budget = TOKENS_PER_FORWARD["cuda" if on_gpu else "cpu"]
+    tokens = max(max(rows.tokens for rows in data.train),
+                 min(budget, settings.micro_batch_size * max(r.tokens for r in data.train)))
+    parts = {"weights": model.num_parameters() * weight_bytes,
+             "gradients and optimizer": trained * 12,
+             "activations": tokens * text.num_hidden_layers * kept * (2 if on_gpu else 4)}
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return (f"memory, an estimate: {sum(parts.values()) / 2**30:.1f} GiB a process ({listed}; "
+            f"largest forward pass {tokens} tokens)")
+
+
+def cut_settings(settings: SimpleNamespace) -> CutSettings:
+    """The loss's part of the settings."""
+    return CutSettings(settings.threshold, settings.weight_unlike, settings.gamma,
+                       halve_pairs=not settings.as_in_paper)
+
+
+def pad_id(tokenizer) -> int:
+    """Padding is masked by length, so any id will do; released code uses unk, or 0."""
+    return tokenizer.unk_token_id or 0
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return PartialState().is_main_process
+
+
+def _accumulation(settings: SimpleNamespace) -> int:
+    together = settings.micro_batch_size * settings.world_size
+    if settings.batch_size % together:
+        raise InputError(f"--batch_size {settings.batch_size} is not a multiple of "
+                         f"--micro_batch_size {settings.micro_batch_size} x {settings.world_size} "
+                         "processes; change one of the three")
+    return settings.batch_size // together
+
+
+def _held_out(count: int, size: float) -> set[int]:
+    """Indices of the validation examples, the same whatever the training seed."""
+    wanted = int(count * size) if 0 < size < 1 else int(size)
+    if wanted >= count:
+        raise InputError(f"--val_set_size {size} leaves nothing of {count} examples to train on")
+    return set(random.Random(42).sample(range(count), wanted))
+
+
+def _schedule(settings: SimpleNamespace, count: int) -> str:
+    """Steps and the learning rate that they reach."""
+    steps = settings.max_steps
+    if settings.debug:
+        steps = DEBUG_STEPS
+    if steps < 0:
+        steps = math.ceil(math.ceil(count / settings.batch_size) * settings.num_epochs)
+    line = f"steps: {steps}, {settings.batch_size} examples each; "
+    if steps <= settings.warmup_steps:
+        reached = settings.learning_rate * (steps - 1) / settings.warmup_steps
+        return line + (f"fewer than warmup_steps {settings.warmup_steps}, so the learning rate "
+                       f"climbs to {reached:.3g} and never falls")
+    return line + f"learning rate peaks at {settings.learning_rate:.3g}"

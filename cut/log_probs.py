@@ -1,0 +1,139 @@
+"""Log-probabilities of the supervised tokens of a batch, without the full logits.
+
+The model runs once, as it is. While it does, a hook on its output head takes the hidden states
+of the supervised positions only, scores them in chunks of rows, and hands the head a single
+position to score for itself. So no [rows, T, vocab] tensor ever exists, and since the work is
+done inside the model's own forward it is the same under DDP, FSDP2 and ZeRO-3, whose weights
+are gathered there.
+
+`benchmarks/cut_step.py` measures this against the full logits.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
+
+
+def supervised_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
+                         loss_mask: Tensor) -> Tensor:
+    """log p(token | tokens before it), fp32, of every position under `loss_mask`.
+
+    Args:
+        model: a Hugging Face causal LM, bare or wrapped (peft, DDP, FSDP, DeepSpeed).
+        input_ids, attention_mask, loss_mask: [R, T], right-padded; position 0 of a row is never
+            supervised, as nothing stands before it.
+
+    Returns [S], S = loss_mask.sum(), in row-major order.
+    """
+    targets = input_ids[loss_mask]
+    before = loss_mask.roll(-1, dims=1)  # the position whose hidden state predicts a target
+    found: list[Tensor] = []
+
+    def score(head: nn.Module, arguments: tuple) -> tuple:
+        hidden = arguments[0]
+        found.append(score_tokens(hidden[before], targets, head, logit_transform(model)))
+        return (hidden[:, -1:], *arguments[1:])
+
+    hook = output_head(model).register_forward_pre_hook(score)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,
+                 transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """log-softmax of `head(hidden)` at the targets: [S, H], [S] -> [S], a chunk at a time.
+
+    Equals `head(hidden).float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)`.
+    """
+    def chunk_log_probs(rows: Tensor, tokens: Tensor) -> Tensor:
+        logits = transform(head.forward(rows).float())  # forward: no hooks again
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    size = CHUNK.get(hidden.device.type, 256)
+    chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk_log_probs(*chunk) for chunk in chunks])
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
+                          for chunk in chunks])
+    return FrozenHead.apply(hidden, chunks, chunk_log_probs)
+
+
+class FrozenHead(torch.autograd.Function):
+    """Log-probs under a head that is not trained.
+
+    A token's log-probability depends on its own hidden state only, so the derivative found in
+    the forward pass, [S, H], is all that the backward pass needs: no logits are kept, and none
+    computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, chunks: list, chunk_log_probs: Callable) -> Tensor:
+        log_probs, slopes = [], []
+        for rows, tokens in chunks:
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                values = chunk_log_probs(rows, tokens)
+                slopes += torch.autograd.grad(values.sum(), rows)
+            log_probs.append(values.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(log_probs)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (slopes,) = ctx.saved_tensors
+        return (upstream[:, None] * slopes).to(slopes.dtype), None, None
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits, through any wrappers."""
+    return unwrapped(model).get_output_embeddings()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP, DeepSpeed and compile wrappers (peft forwards calls)."""
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module
+    return model
+
+
+def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the architecture does to its head's output: Gemma's cap, Cohere's, Granite's scale."""
+    config = unwrapped(model).config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = logits * scale if scale != 1 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return transform
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, token_ids: list[int]) -> None:
+    """Stop if an architecture treats its logits in a way `logit_transform` does not know."""
+    training = model.training
+    model.eval()
+    ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+    mask = torch.ones_like(ids)
+    supervised = mask.bool()
+    supervised[:, 0] = False
+    ours = supervised_log_probs(model, ids, mask, supervised)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1].float()
+    theirs = -F.cross_entropy(logits, ids[0, 1:], reduction="none")
+    model.train(training)
+    if not torch.allclose(ours, theirs, atol=1e-3 if logits.dtype == torch.float32 else 0.1,
+                          rtol=0.05):
+        worst = (ours - theirs).abs().max().item()
+        raise ValueError(f"{type(unwrapped(model)).__name__} computes its logits in a way that "
+                         f"cut/log_probs.py does not know (log-probs differ by {worst:.3g}); "
+                         "add it to logit_transform")

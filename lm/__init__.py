@@ -1,0 +1,1 @@
+"""What both papers use of a language model: records, templates, models, generation, judges."""

@@ -1,0 +1,107 @@
+"""Command lines: a function's signature is the command's flags (python-fire).
+
+Adds to fire what people expect of a command: an unknown flag is an error that names the nearest
+one, text stays text (`--data_path 7` is "7"), and bad input ends in one line and exit code 2.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import UnionType
+from typing import get_args
+
+import fire
+
+from lm.records import InputError
+
+
+def run(command: Callable) -> None:
+    """Run `command` with the flags of this process's command line."""
+    os.environ.setdefault("PAGER", "cat")  # --help prints and returns
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Remarks of libraries on each other, which nobody who reads a command's output can act on
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    try:
+        _reject_unknown_flags(command, sys.argv[1:])
+        fire.Fire(_checked(command), command=_quoted(command, sys.argv[1:]),
+                  name=os.path.basename(sys.argv[0]))
+    except InputError as error:
+        _stop(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _stop(where + (error.strerror or str(error).strip()))
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to continue", code=130)
+
+
+def _stop(message: str, code: int = 2) -> None:
+    """One line on the first process of the node; every process exits non-zero."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _reject_unknown_flags(command: Callable, arguments: list[str]) -> None:
+    known = list(inspect.signature(command).parameters)
+    for argument in arguments:
+        if argument == "--":
+            return
+        name = argument[2:].split("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in (*known, "help"):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"unknown flag --{name}; did you mean --{nearest[0]}? "
+                             "(--help lists every flag)")
+
+
+def _checked(command: Callable) -> Callable:
+    """`command` with text flags taken literally and the types of the others checked."""
+    kinds = {name: get_args(p.annotation) if isinstance(p.annotation, UnionType)
+             else (p.annotation,)
+             for name, p in inspect.signature(command).parameters.items()}
+
+    @functools.wraps(command)
+    def call(*args, **kwargs):
+        given = inspect.signature(command).bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            if not _fits(value, kinds[name]):
+                raise InputError(f"--{name} is {value!r}; expected "
+                                 + " or ".join(getattr(k, "__name__", str(k))
+                                               for k in kinds[name]))
+        command(*args, **kwargs)
+
+    return call
+
+
+def _quoted(command: Callable, arguments: list[str]) -> list[str]:
+    """The arguments with the values of text flags in quotes, which fire takes off again."""
+    text = {name for name, parameter in inspect.signature(command).parameters.items()
+            if parameter.annotation is str}
+    quoted, is_value = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if is_value and not argument.startswith("--"):
+            quoted.append(json.dumps(argument))
+        elif flag[2:].replace("-", "_") in text and equals:
+            quoted.append(f"{flag}={json.dumps(value)}")
+        else:
+            quoted.append(argument)
+        is_value = argument.startswith("--") and flag[2:].replace("-", "_") in text and not equals
+    return quoted
+
+
+def _fits(value: object, kinds: tuple) -> bool:
+    if inspect.Parameter.empty in kinds:
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    plain = tuple(kind for kind in kinds if isinstance(kind, type))
+    return isinstance(value, plain) if len(plain) == len(kinds) else True

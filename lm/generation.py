@@ -1,0 +1,205 @@
+"""Generate responses in batches: longest prompts first, as many at once as a token budget holds.
+
+    for index, response in generate(model, tokenizer, prompts, max_new_tokens=256):
+        ...
+
+Results come as each batch ends, with the prompt's index, so that a caller can save them at once and
+go on after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
+are those of one prompt at a time, and a sample follows from the seed and the prompt's index.
+(Exactly so in fp32; in half precision another batch shape can round a near tie the other way.)
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lm.records import InputError
+from lm.templates import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model said. `token_ids` hold the EOS where the model gave one, and no padding."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens did
+
+
+def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
+             prompts: Sequence[Prompt] | Mapping[int, Prompt], *, max_new_tokens: int,
+             token_budget: int = 16384, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0) -> Iterator[tuple[int, Response]]:
+    """Yield (index, response) for each prompt, in the order in which batches end.
+
+    Prompts are texts or token ids; a mapping gives them indices of their own, as after a stop.
+    For several samples of one prompt, give it several times. `temperature` 0 is greedy. A batch
+    holds `token_budget` tokens, prompts and new ones, padding included; at least one prompt.
+    """
+    check_sampling(max_new_tokens, token_budget, temperature, top_p)
+    if not isinstance(prompts, Mapping):
+        prompts = dict(enumerate(prompts))
+    rows = {index: prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+            for index, prompt in prompts.items()}
+    _check_lengths(rows, model, max_new_tokens)
+    return _generate(model, tokenizer, rows, max_new_tokens, token_budget, temperature, top_p,
+                     seed)
+
+
+def check_sampling(max_new_tokens: int, token_budget: int, temperature: float,
+                   top_p: float) -> None:
+    """Stop at numbers that cannot be meant."""
+    if max_new_tokens < 1 or token_budget < 1:
+        raise InputError("max_new_tokens and the batch's token budget must be at least 1, not "
+                         f"{max_new_tokens} and {token_budget}")
+    if temperature < 0:
+        raise InputError(f"temperature is {temperature}; expected 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1")
+
+
+def token_budget_batches(lengths: Mapping[int, int], max_new_tokens: int,
+                         token_budget: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first: if memory is short, it shows at once.
+
+    >>> list(token_budget_batches({0: 2, 1: 9, 2: 3, 3: 8}, max_new_tokens=1, token_budget=20))
+    [[1, 3], [2, 0]]
+    """
+    batch: list[int] = []
+    for index in sorted(lengths, key=lengths.get, reverse=True):
+        if batch and (len(batch) + 1) * (lengths[batch[0]] + max_new_tokens) > token_budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and attention mask (B, T) with every row's last token in the last column.
+
+    >>> left_pad([[5, 6], [7]], pad_id=0)
+    (tensor([[5, 6],
+            [0, 7]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+class Sampler:
+    """A logits processor that leaves one token a row: the one its row's random numbers choose.
+
+    A number in [0, 1) is drawn for each row and step from the seed and the row's index alone, and
+    looked up in the cumulative probabilities of the `top_p` nucleus.
+    """
+
+    def __init__(self, indices: Sequence[int], prompt_length: int, max_new_tokens: int,
+                 temperature: float, top_p: float, seed: int):
+        # Python's generator hashes a text seed whole; torch's takes 32 bits of a number.
+        streams = [random.Random(f"{seed} {index}") for index in indices]
+        self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)]
+                                     for stream in streams], dtype=torch.float64)  # (B, new)
+        self.prompt_length, self.temperature, self.top_p = prompt_length, temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) -> the same shape, 0 at the chosen token and -inf elsewhere."""
+        mass, tokens = self._nucleus((scores.double() / self.temperature).softmax(-1))
+        step = input_ids.shape[1] - self.prompt_length
+        drawn = self.uniform[:, step, None].to(scores.device) * mass.sum(-1, keepdim=True)
+        place = (mass.cumsum(-1) <= drawn).sum(-1, keepdim=True)
+        chosen = tokens.gather(-1, place.clamp(max=mass.shape[-1] - 1))
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+    def _nucleus(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (B, V) -> those of the candidates, 0 outside the nucleus, and their ids."""
+        if self.top_p == 1:
+            everything = torch.arange(probabilities.shape[-1], device=probabilities.device)
+            return probabilities, everything.expand_as(probabilities)
+        # A nucleus is seldom large, and to sort 49k probabilities costs half a step on a CPU.
+        mass, tokens = probabilities.topk(min(1024, probabilities.shape[-1]))
+        if (mass.sum(-1) < self.top_p).any():
+            mass, tokens = probabilities.sort(dim=-1, descending=True)
+        return mass * (mass.cumsum(-1) - mass < self.top_p), tokens
+
+
+def _check_lengths(rows: Mapping[int, list[int]], model: "PreTrainedModel",
+                   max_new_tokens: int) -> None:
+    # Models without learned or rotary positions (Mamba, BLOOM) state no limit.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, row in rows.items():
+        if not row:
+            raise InputError(f"prompt {index}: is empty")
+        if context and len(row) + max_new_tokens > context:
+            raise InputError(f"prompt {index}: {len(row)} tokens and max_new_tokens "
+                             f"{max_new_tokens} exceed the model's context of {context}; shorten "
+                             "the prompt or lower max_new_tokens")
+
+
+def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
+              rows: Mapping[int, list[int]], max_new_tokens: int, token_budget: int,
+              temperature: float, top_p: float, seed: int) -> Iterator[tuple[int, Response]]:
+    from peft import PeftModel
+
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model  # LoRA lives inside
+    stops = _stop_ids(plain, tokenizer)
+    lengths = {index: len(row) for index, row in rows.items()}
+    for batch in token_budget_batches(lengths, max_new_tokens, token_budget):
+        ids, mask = left_pad([rows[index] for index in batch], tokenizer.eos_token_id)
+        width = ids.shape[1]
+        processors = [Sampler(batch, width, max_new_tokens, temperature, top_p, seed)]
+        with _own_settings(plain, stops, tokenizer.eos_token_id, max_new_tokens):
+            output = plain.generate(
+                input_ids=ids.to(plain.device), attention_mask=mask.to(plain.device),
+                logits_processor=processors if temperature else None)
+        for index, new_ids in zip(batch, output[:, width:].tolist(), strict=True):
+            yield index, _response(tokenizer, new_ids, stops)
+
+
+def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokenizer's EOS and the model's own ends (chat models may have several)."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+@contextlib.contextmanager
+def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int,
+                  max_new_tokens: int) -> Iterator[None]:
+    """Evaluation mode, and none of the sampling defaults that chat models bring with them.
+
+    A config passed to `generate` would be filled up from the model's, so it is replaced meanwhile.
+    """
+    from transformers import GenerationConfig
+
+    saved, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad_id)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+        model.train(was_training)
+
+
+def _response(tokenizer: "PreTrainedTokenizerBase", new_ids: list[int],
+              stops: list[int]) -> Response:
+    """Cut the padding that follows a row's end; ids alone tell it, as the pad may be the EOS."""
+    end = next((place for place, token in enumerate(new_ids) if token in stops), None)
+    token_ids = new_ids if end is None else new_ids[:end + 1]
+    text = tokenizer.decode(token_ids, skip_special_tokens=True,
+                            clean_up_tokenization_spaces=False)
+    return Response(text, tuple(token_ids), "length" if end is None else "stop")

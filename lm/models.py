@@ -1,0 +1,249 @@
+"""Load a language model and its tokenizer, quantize it, add LoRA.
+
+A base model is named by a folder, a Hub id, or `smollm2-135m-instruct`: the embedded default, small
+enough for two CPU cores, which `python scripts/get_model.py` puts under saved_models/.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm.records import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+SAVED_MODELS = Path(__file__).resolve().parents[1] / "saved_models"
+# bitsandbytes warns once a layer, and of CPU kernels that it does without; peft imports it too.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+PRECISIONS = ("auto", "8bit", "4bit", "bf16", "fp16", "fp32", "checkpoint")
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id that a model's name stands for."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return _checked_folder(path)
+    if name == DEFAULT_MODEL:
+        path = SAVED_MODELS / name
+        if not path.is_dir():
+            raise InputError(f"{name}: not here yet; get it with "
+                             f"`python scripts/get_model.py {name}`")
+        return str(path)
+    if not name or _looks_local(name):
+        raise InputError(f"{name!r}: no such model folder; give a folder, a Hub id as org/name, "
+                         f"or {DEFAULT_MODEL}")
+    return name
+
+
+def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer as its authors made it; it must have an EOS, which ends every response."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{base_model}: cannot load the tokenizer "
+                         f"({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{base_model}: the tokenizer has no EOS token, so responses cannot end; "
+                         "set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(base_model: str, load_in: str = "auto",
+               attn_implementation: str = "auto") -> "PreTrainedModel":
+    """The model on this process's GPU, or on the CPU where there is none.
+
+    `load_in` auto is 8bit on CUDA (the released setting: 8-bit linear layers, the rest fp16) and
+    fp32 on the CPU, where half precision is 4 to 25 times slower; `checkpoint` is the precision
+    that the weights are stored in. `attn_implementation` auto is
+    flash_attention_2 where it is installed and can run, else transformers' choice (sdpa if the
+    architecture has it).
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(base_model)
+    dtype, quantization = _precision(load_in)
+    if attn_implementation == "auto":
+        attn_implementation = _fastest_attention(dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, quantization_config=quantization,
+            attn_implementation=attn_implementation, device_map=_device_map(quantization))
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{base_model}: cannot load the model ({first_line(error)})") from error
+    except RuntimeError as error:
+        if quantization is None:
+            raise
+        raise InputError(f"--load_in {load_in} does not work on this machine "
+                         f"({first_line(error)}); use --load_in bf16 or fp32") from error
+
+
+def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
+             target_modules: str | Sequence[str],
+             gradient_checkpointing: bool = False) -> "PeftModel":
+    """The model, frozen, with trainable low-rank updates on the layers named in `target_modules`.
+
+    `target_modules` is a list of layer names or the text `all-linear`.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers.pytorch_utils import Conv1D
+
+    targets = _lora_targets(model, target_modules)
+    not_reentrant = {"use_reentrant": False}  # the kind that works with frozen embeddings and DDP
+    if is_quantized(model):
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs=not_reentrant)
+    elif gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=not_reentrant)
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
+    return get_peft_model(model, LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none",
+        fan_in_fan_out=transposed, task_type="CAUSAL_LM"))
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of a saved adapter, given the folder or its Hub id."""
+    folder = Path(name).expanduser()
+    if name and not folder.is_dir() and not _looks_local(name):
+        folder = _download_adapter(name)
+    if not name or not folder.is_dir():
+        raise InputError(f"{name!r}: no such adapter folder")
+    if not (folder / "adapter_config.json").is_file() or not any(folder.glob("adapter_model.*")):
+        raise InputError(f"{name}: is not an adapter (it lacks adapter_config.json or "
+                         "adapter_model.safetensors)")
+    return folder
+
+
+def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """The model with a saved adapter on it, not trainable."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder}: the adapter does not fit {model.config.name_or_path} "
+                         f"({first_line(error)})") from error
+
+
+def is_quantized(model: "PreTrainedModel") -> bool:
+    """Whether the weights are held in 8 or 4 bits."""
+    return getattr(model, "is_quantized", False)  # transformers sets it on quantized models only
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the page of advice that libraries add."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _checked_folder(path: Path) -> str:
+    if (path / "config.json").is_file():
+        return str(path)
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path}: is an adapter, not a whole model; merge it first with "
+                         f"`python merge.py --peft_model_path {path}`")
+    raise InputError(f"{path}: not a model folder (it has no config.json)")
+
+
+def _download_adapter(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(f"{name}: no adapter folder here, and not reachable on the Hub "
+                         f"({first_line(error)})") from error
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name that is no folder here was meant as one: anything but `name` or `org/name`."""
+    first, *rest = name.split("/")
+    return first in ("", ".", "..", "~") or len(rest) > 1 or rest == [""] or (
+        bool(rest) and Path(first).is_dir())
+
+
+def _precision(load_in: str) -> tuple["object", "BitsAndBytesConfig | None"]:
+    """The dtype of the plain weights, and how the linear layers are quantized if they are."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if load_in not in PRECISIONS:
+        raise InputError(f"--load_in is {load_in!r}; expected one of {', '.join(PRECISIONS)}")
+    if load_in == "auto":
+        load_in = "8bit" if on_gpu else "fp32"
+    if load_in in ("8bit", "4bit"):
+        return _quantization(load_in, on_gpu)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+            "checkpoint": "auto"}[load_in], None
+
+
+def _quantization(load_in: str, on_gpu: bool) -> tuple["object", "BitsAndBytesConfig"]:
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise InputError(f"--load_in {load_in} needs bitsandbytes, which is missing or broken here;"
+                         " pip install bitsandbytes, or use --load_in bf16 or fp32")
+    if load_in == "8bit":
+        return (torch.float16 if on_gpu else torch.float32), BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    return dtype, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                     bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _fastest_attention(dtype: object) -> str | None:
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.float16, torch.bfloat16)
+    can_flash = half and torch.cuda.is_available() and is_flash_attn_2_available()
+    return "flash_attention_2" if can_flash else None
+
+
+def _device_map(quantization: "BitsAndBytesConfig | None") -> dict | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None if quantization is None else {"": "cpu"}
+    # DeepSpeed and FSDP place the (unquantized) weights themselves, a shard on each GPU.
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+                  for name in ("DEEPSPEED", "FSDP"))
+    if sharded and quantization is None:
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", "0"))}
+
+
+def _lora_targets(model: "PreTrainedModel",
+                  target_modules: str | Sequence[str]) -> str | list[str]:
+    """The wanted layer names, each of them checked to exist in this architecture."""
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if wanted == ["all-linear"]:
+        return "all-linear"
+    layers = _linear_layers(model)
+    missing = [name for name in wanted
+               if not any(layer == name or layer.endswith(f".{name}") for layer in layers)]
+    if missing or not wanted:
+        there = sorted({layer.rpartition(".")[2] for layer in layers})
+        raise InputError(f"--lora_target_modules: {type(model).__name__} has no layer "
+                         f"{', '.join(missing) or 'to train'}; it has {', '.join(there)} "
+                         "(`--lora_target_modules all-linear` works everywhere)")
+    return wanted
+
+
+def _linear_layers(model: "PreTrainedModel") -> list[str]:
+    """Names of the layers that LoRA can update, the output head left out."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head]

@@ -1,0 +1,151 @@
+"""Read records, check their fields, write files whole or not at all.
+
+A *record* is what a dataset file holds: one JSON object. Everything here stops at the first bad
+record with an `InputError`, one line that names the file, the record, the field and the remedy.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType
+
+Record = dict
+TYPE_NAMES = {str: "text", NoneType: "null", int: "a number", float: "a number",
+              list: "a list", dict: "an object", bool: "true or false"}
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line and says what to do."""
+
+
+def read_records(source: str | Path, split: str = "train") -> list[Record]:
+    """All records of a JSON list or JSON Lines file (`.gz` too), or of a Hub dataset `org/name`."""
+    path = Path(source)
+    if path.is_file():
+        records = _parse(_read_text(path), str(source))
+    elif _looks_like_hub_id(str(source)):
+        records = _read_hub(str(source), split)
+    else:
+        raise InputError(f"{source}: no such file; give a .json, .jsonl or .jsonl.gz file, "
+                         "or a Hub dataset as org/name")
+    if not records:
+        raise InputError(f"{source}: holds no records; expected a JSON list or JSON Lines")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{source}: record {index}: is {_type_name(record)}; "
+                             "expected a JSON object")
+    return records
+
+
+def check_fields(records: Iterable[Record], source: str | Path,
+                 required: Mapping[str, tuple[type, ...]],
+                 optional: Mapping[str, tuple[type, ...]] | None = None) -> None:
+    """Every record has the required fields, and each given field has one of the listed types."""
+    for index, record in enumerate(records):
+        for field, types in {**required, **(optional or {})}.items():
+            expected = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in types))
+            if field not in record:
+                if field in required:
+                    raise InputError(f"{source}: record {index}: field '{field}' is missing; "
+                                     f"expected {expected}")
+            elif not isinstance(record[field], types) or (
+                    isinstance(record[field], bool) and bool not in types):
+                raise InputError(f"{source}: record {index}: field '{field}' is "
+                                 f"{_type_name(record[field])}; expected {expected}")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A scratch folder that becomes `path` when the block ends well, and vanishes when it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _parse(text: str, source: str) -> list:
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}: line {error.lineno}: broken JSON ({error.msg}); "
+                             "mend that line") from error
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{source}: line {number}: broken JSON ({error.msg}); "
+                                 "mend or delete that line") from error
+    return records
+
+
+def _read_hub(name: str, split: str) -> list[Record]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split).to_list()
+    except Exception as error:  # the Hub client raises many kinds; each means "not readable"
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: not a file here, and the Hub dataset cannot be read "
+                         f"({reason})") from error
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and "." not in parts[0] and not Path(source).suffix
+
+
+def _type_name(value: object) -> str:
+    return TYPE_NAMES.get(type(value), type(value).__name__)

@@ -1,0 +1,83 @@
+"""Prompt templates, and the one way text becomes token ids.
+
+A template is a JSON file with two texts, `prompt` (uses `{instruction}`) and
+`prompt_with_judgment` (uses `{instruction}` and `{judgment}`). `load_template` takes a name
+(`alpaca` is `configs/templates/alpaca.json`) or a path.
+
+Prompt and response are tokenized apart, so the boundary between them is exact: a model that
+answers the prompt at inference sees the same prompt ids as in training, and both halves of a CUT
+pair hold the same response ids whatever their prompts end with. Special tokens at the start are
+the tokenizer's own rule (Llama-2 and Llama-3 put a BOS, SmolLM2 does not); EOS ends a response.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm.records import InputError
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "templates"
+FIELD = re.compile(r"\{(instruction|judgment)\}")
+# Texts after which a response is tokenized: it never merges with all of them. A newline first,
+# as Alpaca prompts end with one; a letter for responses that begin with newlines.
+ANCHORS = ("\n", "a", "0", ".")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Two prompt texts with fields; `name` is how the user asked for it."""
+
+    name: str
+    prompt: str
+    prompt_with_judgment: str
+
+    def render(self, instruction: str, judgment: str | None = None) -> str:
+        """The prompt for an instruction, with the judgment if there is one; braces are safe."""
+        text = self.prompt if judgment is None else self.prompt_with_judgment
+        fields = {"instruction": instruction, "judgment": judgment}
+        return FIELD.sub(lambda match: fields[match[1]], text)
+
+    def frame(self, with_judgment: bool) -> tuple[str, str]:
+        """The texts before the first field and after the last one."""
+        text = self.prompt_with_judgment if with_judgment else self.prompt
+        fields = list(FIELD.finditer(text))
+        return text[:fields[0].start()], text[fields[-1].end():]
+
+
+def load_template(name: str) -> Template:
+    """Read a template by name or path and check its fields."""
+    path = Path(name) if Path(name).suffix == ".json" else TEMPLATES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
+        raise InputError(f"{name}: unknown template; use one of {known}, or the path of a .json")
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from error
+    for key, fields in (("prompt", {"instruction"}),
+                        ("prompt_with_judgment", {"instruction", "judgment"})):
+        if not isinstance(texts.get(key), str) or set(FIELD.findall(texts[key])) != fields:
+            names = " and ".join(f"{{{field}}}" for field in sorted(fields))
+            raise InputError(f"{path}: field '{key}' must be a text with {names}")
+    return Template(str(name), texts["prompt"], texts["prompt_with_judgment"])
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a prompt with the tokenizer's own special tokens before it and none after it."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def response_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a response as it continues a prompt, EOS included.
+
+    Tokenizing the text alone would be wrong for SentencePiece, which puts a space before it.
+    """
+    for anchor in ANCHORS:
+        head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+        if whole[:len(head)] == head:
+            ids = whole[len(head):]
+            return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    raise InputError(f"the tokenizer merges {text[:20]!r} with every text before it")

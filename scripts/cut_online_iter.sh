@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# One round of online CUT (paper, Table 6) on published judgments: bash scripts/cut_online_iter.sh 1
+#
+# Round N trains the model of round N-1 (round 1: LLaMA2-13b-chat) on 1000 of its own responses with
+# GPT-4's judgments, positives down-sampled to a quarter of the negatives.
+#
+# Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): 0.5 for training, 1 for answers.
+# Expected  AlpacaEval 81.09 before; rounds 1 to 5: 89.75, 90.23, 91.04, 91.68, 90.68;
+#           TruthfulQA 45.44 before; 50.56, 51.67, 52.69, 52.56, 52.96.
+# Note      300 to 358 examples at batch 8 are 38 to 45 steps, fewer than the 100 warm-up steps: the
+#           learning rate climbs and never falls. This is what the authors ran; the log says so.
+# Small     BASE_MODEL=smollm2-135m-instruct DATA=data/sample/train.jsonl GPUS=1 bash $0 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+ITERATION=${1:?which round? bash scripts/cut_online_iter.sh 1}
+ROUNDS=${ROUNDS:-runs/cut-online}
+if [ "$ITERATION" -gt 1 ]; then
+    PREVIOUS=$ROUNDS/round$((ITERATION - 1))/model
+else
+    PREVIOUS=meta-llama/Llama-2-13b-chat-hf
+fi
+
+export BASE_MODEL=${BASE_MODEL:-$PREVIOUS}
+export DATA=${DATA:-data/downloads/cut_iter/train-alpaca-sample-iter$ITERATION.json}
+export OUT=${OUT:-$ROUNDS/round$ITERATION}
+PROMPTS=${PROMPTS:-}
+GPUS=${GPUS:-8}
+LOAD_IN=${LOAD_IN:-auto}
+CUTOFF_LEN=${CUTOFF_LEN:-2048}
+MAX_STEPS=${MAX_STEPS:--1}
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
+THRESHOLD=${THRESHOLD:-1.1}
+WEIGHT_UNLIKE=${WEIGHT_UNLIKE:-1}
+DOWNSAMPLE=${DOWNSAMPLE:-0.25}    # Figure 7: best of 0 .. 2
+
+if [ ! -e "$DATA" ]; then python scripts/download_data.py cut_iter; fi
+
+# --as_released keeps the failed annotations ($ERROR$) that the authors trained on; drop it for
+# cleaner data.
+torchrun --nproc_per_node="$GPUS" finetune_unlikelihood.py \
+    --base_model "$BASE_MODEL" --data_path "$DATA" --output_dir "$OUT/adapter" \
+    --batch_size 8 --micro_batch_size 1 --num_epochs 1 --learning_rate 4e-4 \
+    --cutoff_len "$CUTOFF_LEN" --warmup_steps 100 --lr_scheduler cosine \
+    --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 \
+    --lora_target_modules '[gate_proj,down_proj,up_proj]' \
+    --threshold "$THRESHOLD" --weight_unlike "$WEIGHT_UNLIKE" --downsample "$DOWNSAMPLE" \
+    --as_released True --load_in "$LOAD_IN" --gradient_checkpointing True \
+    --max_steps "$MAX_STEPS"
+
+python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/adapter" \
+    --output_dir "$OUT/model"
+python scripts/generate.py --base_model_name_or_path "$OUT/model" \
+    --output_path "$OUT/alpaca_eval.json" --max_new_tokens "$MAX_NEW_TOKENS" \
+    ${PROMPTS:+--data_path "$PROMPTS"}
+
+echo "model: $OUT/model; answers: $OUT/alpaca_eval.json"

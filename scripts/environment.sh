@@ -1,0 +1,19 @@
+# Sourced by the recipes: makes or reuses the virtual environment and puts it on PATH.
+# VENV chooses its folder (default .venv); PYTHON the interpreter that makes it.
+VENV=${VENV:-.venv}
+PYTHON=${PYTHON:-python3}
+STAMP="$VENV/.installed-$(cksum < requirements.txt | tr ' ' '-')"
+
+if [ ! -e "$STAMP" ]; then
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: $PYTHON is older than 3.11; set PYTHON to a newer one" >&2
+        exit 1
+    }
+    echo "== installing requirements.txt into $VENV (about 3 minutes, 2 GB)"
+    "$PYTHON" -m venv "$VENV"
+    "$VENV/bin/pip" install -r requirements.txt
+    rm -f "$VENV"/.installed-*
+    touch "$STAMP"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"
+case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac

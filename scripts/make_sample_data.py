@@ -1,0 +1,278 @@
+"""Make data/sample/: the quickstart's judged responses and its prompts for tuning and for the test.
+
+    python scripts/make_sample_data.py
+
+1. prompts: topics x tasks x constraints, from data/sample/ingredients.yaml; the splits share no
+   topic and no wording of a constraint
+2. responses: several a train prompt, sampled from the embedded model
+3. verdicts: IFEval's checkers decide, lm/judges.py says what is wrong
+4. choice: whole, decent answers, good and bad ones of the same prompt where there are any, evenly
+   over the kinds
+5. a table: how often the base model satisfies each kind, and what was chosen
+
+Answers are kept in --work and not asked for again, so a stopped run continues. The same model,
+seed and machine give the same files.
+"""
+
+import json
+import random
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run  # noqa: E402
+from lm.judges import judge_by_rules  # noqa: E402
+from lm.records import Record, read_records, write_text  # noqa: E402
+
+# A response that talks about the exercise, or in lists and markup, is not worth imitating.
+NOT_DECENT = re.compile(r"[\n#*`<>\[\]{}_|]|[^\x00-\x7f‘’“”–—]|\b(response|instruction|sentence|"
+                        r"prompt|answer|question|word|words|comma|commas|task|topic|example|text|"
+                        r"tip|title|note|AI|assistant)\b", re.IGNORECASE)
+
+
+def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
+         work: str = "saved_models/sample_data", seed: int = 0, samples: int = 8) -> None:
+    """Write train.jsonl, validation.jsonl and heldout.jsonl.
+
+    Args:
+        base_model: The model that answers: a folder, a Hub id or the embedded model's name.
+        folder: Holds ingredients.yaml; the three files are written here.
+        work: Where the model's answers are kept between runs.
+        seed: Draws prompts, samples, phrasings and the choice.
+        samples: Responses drawn for each train prompt.
+    """
+    import yaml
+
+    settings = yaml.safe_load((Path(folder) / "ingredients.yaml").read_text(encoding="utf-8"))
+    prompts = {split: make_prompts(settings, split, seed) for split in settings["topics"]}
+    answerer = Answerer(base_model, Path(work), settings["max_new_tokens"], seed)
+    sampled = answerer.sample(prompts["train"], samples, settings["temperature"],
+                              settings["top_p"])
+    pool = judge_pool(prompts["train"], sampled, settings, seed)
+    chosen = choose(pool, settings["records_per_kind"], seed)
+    write_lines(Path(work) / "pool.jsonl", pool)
+    write_lines(Path(folder) / "train.jsonl", [train_record(entry) for entry in chosen])
+    for split in ("validation", "heldout"):
+        write_lines(Path(folder) / f"{split}.jsonl", prompts[split])
+    greedy = {split: answerer.greedy(prompts[split]) for split in ("validation", "heldout")}
+    report(pool, chosen, prompts, greedy, answerer.tokenizer())
+
+
+def make_prompts(settings: dict, split: str, seed: int) -> list[Record]:
+    """The prompts of a split: every kind equally often, topics and wordings in turn."""
+    draw = random.Random(f"{seed} {split}")
+    wordings, per_kind = settings["wordings"][split], settings["prompts_per_kind"][split]
+    topics, tasks = _in_turn(settings["topics"][split], draw), _in_turn(settings["tasks"], draw)
+    prompts = []
+    for kind, texts in wordings.items():
+        turn, numbers = _in_turn(texts, draw), _in_turn(settings["numbers"][split], draw)
+        words = _in_turn(settings["frequent_words"], draw)
+        for number in range(per_kind):
+            topic, likely, fitting = (part.strip() for part in next(topics).split("|"))
+            fields = {"n": next(numbers), "w": {"keywords:forbidden_words": likely,
+                      "keywords:existence": fitting}.get(kind) or next(words)}
+            wording = next(turn)
+            instruction = wording.format(task=next(tasks).format(topic=topic), **fields)
+            prompts.append({"id": f"{split}-{kind.split(':')[1]}-{number:02}",
+                            "instruction": instruction,
+                            "constraints": [constraint(kind, **fields)]})
+    return prompts
+
+
+def constraint(kind: str, n: int, w: str) -> dict:
+    """A constraint as IFEval's checkers take it."""
+    kwargs = {"length_constraints:number_words": {"num_words": n + 1, "relation": "less than"},
+              "punctuation:no_comma": {},
+              "keywords:forbidden_words": {"forbidden_words": [w]},
+              "keywords:existence": {"keywords": [w]},
+              "keywords:frequency": {"keyword": rf"\b{w}\b", "frequency": 2,
+                                     "relation": "less than"}}
+    return {"kind": kind, "kwargs": kwargs[kind]}
+
+
+def _in_turn(items: list, draw: random.Random):
+    """Endless: all items in random order, then all in another order ..."""
+    while True:
+        yield from draw.sample(items, len(items))
+
+
+class Answerer:
+    """The base model's answers, each kept in a file as soon as it is there."""
+
+    def __init__(self, base_model: str, work: Path, max_new_tokens: int, seed: int):
+        self.base_model, self.work, self.seed = base_model, work, seed
+        self.max_new_tokens, self._loaded = max_new_tokens, None
+
+    def sample(self, prompts: list[Record], samples: int, temperature: float,
+               top_p: float) -> list[list[dict]]:
+        """`samples` answers to each prompt."""
+        answers = self._answers([p["instruction"] for p in prompts for _ in range(samples)],
+                                temperature=temperature, top_p=top_p)
+        return [answers[start:start + samples] for start in range(0, len(answers), samples)]
+
+    def greedy(self, prompts: list[Record]) -> list[dict]:
+        """The one answer to each prompt that decides the headline."""
+        return self._answers([prompt["instruction"] for prompt in prompts], temperature=0.0,
+                             top_p=1.0)
+
+    def tokenizer(self):
+        """The base model's tokenizer."""
+        from lm.models import load_tokenizer
+
+        return load_tokenizer(self.base_model)
+
+    def _answers(self, instructions: list[str], **sampling) -> list[dict]:
+        from tqdm import tqdm
+
+        from lm.generation import generate
+        from lm.templates import load_template
+
+        settings = {"base_model": self.base_model, "seed": self.seed,
+                    "max_new_tokens": self.max_new_tokens, **sampling}
+        file, known = self._known(instructions, settings)
+        if len(known) < len(instructions):
+            template = load_template("alpaca")
+            prompts = {index: template.render(instruction)
+                       for index, instruction in enumerate(instructions) if index not in known}
+            with open(file, "a", encoding="utf-8") as out:
+                for index, response in tqdm(
+                        generate(self._model(), self.tokenizer(), prompts, token_budget=8192,
+                                 max_new_tokens=self.max_new_tokens, seed=self.seed, **sampling),
+                        total=len(instructions), initial=len(known), desc=file.stem):
+                    known[index] = {"index": index, "text": response.text,
+                                    "tokens": len(response.token_ids),
+                                    "whole": response.finish_reason == "stop"}
+                    out.write(json.dumps(known[index]) + "\n")
+                    out.flush()
+        return [known[index] for index in range(len(instructions))]
+
+    def _known(self, instructions: list[str], settings: dict) -> tuple[Path, dict[int, dict]]:
+        """The file for exactly these questions and settings, and the answers in it."""
+        import hashlib
+
+        question = json.dumps([instructions, settings], sort_keys=True).encode()
+        name = "greedy" if settings["temperature"] == 0 else "samples"
+        file = self.work / f"{name}-{hashlib.sha256(question).hexdigest()[:12]}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or not file.stat().st_size:
+            return file, {}
+        return file, {answer["index"]: answer for answer in read_records(file)}
+
+    def _model(self):
+        from lm.models import load_model
+
+        if self._loaded is None:
+            self._loaded = load_model(self.base_model, load_in="fp32")
+        return self._loaded
+
+
+def judge_pool(prompts: list[Record], sampled: list[list[dict]], settings: dict,
+               seed: int) -> list[dict]:
+    """Every sampled answer with its judgment, and whether it is fit for training."""
+    stems = {topic.split("|")[0].strip(): _stems(topic)
+             for topic in settings["topics"]["train"]}
+    pool = []
+    for prompt, answers in zip(prompts, sampled, strict=True):
+        topic = max((t for t in stems if t in prompt["instruction"]), key=len)
+        for answer in answers:
+            text = answer["text"]
+            pool.append({**prompt, "output": text, "tokens": answer["tokens"],
+                         "judgment": judge_by_rules(prompt, text, seed),
+                         "whole": answer["whole"],
+                         "decent": answer["whole"] and is_decent(text, stems[topic])})
+    return pool
+
+
+def is_decent(text: str, stems: set[str]) -> bool:
+    """A plain sentence or more, on the topic, that does not talk about the exercise."""
+    words = re.findall(r"[a-z']+", text.lower())
+    return (len(words) >= 6 and text[0].isupper() and text[-1] in ".!"
+            and not NOT_DECENT.search(text) and len(set(words)) > 0.6 * len(words)
+            and any(word[:4] in stems for word in words))
+
+
+def _stems(topic: str) -> set[str]:
+    return {word[:4] for word in re.findall(r"[a-z]+", topic.lower()) if len(word) > 2} - {
+        "the", "lear", "good", "old", "maki", "goin"}
+
+
+def choose(pool: list[dict], per_kind: dict[str, int], seed: int) -> list[dict]:
+    """Positives and negatives of each kind: prompts in turn, those that have both first."""
+    draw = random.Random(seed)
+    kinds = defaultdict(lambda: defaultdict(lambda: {"positive": [], "negative": []}))
+    for entry in pool:
+        if entry["decent"]:
+            sign = "positive" if entry["judgment"] is None else "negative"
+            of_prompt = kinds[entry["constraints"][0]["kind"]][entry["id"]][sign]
+            if entry["output"] not in (other["output"] for other in of_prompt):
+                of_prompt.append(entry)
+    chosen = []
+    for prompts in kinds.values():
+        for sign, other in (("positive", "negative"), ("negative", "positive")):
+            order = sorted(prompts.values(),
+                           key=lambda answers: (not answers[other], draw.random()))
+            rounds = [answers[sign][turn] for turn in range(len(pool)) for answers in order
+                      if turn < len(answers[sign])]
+            chosen += rounds[:per_kind[sign]]
+    draw.shuffle(chosen)
+    return chosen
+
+
+def train_record(entry: dict) -> Record:
+    """A record as finetune_unlikelihood.py reads it, with the constraints beside it."""
+    return {"id": entry["id"], "instruction": entry["instruction"], "input": "",
+            "output": entry["output"], "judgment": entry["judgment"],
+            "constraints": entry["constraints"]}
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def report(pool: list[dict], chosen: list[dict], prompts: dict, greedy: dict,
+           tokenizer) -> None:
+    """Print what the base model satisfies and what was chosen."""
+    rows = defaultdict(Counter)
+    for entry in pool:
+        for kind in (entry["constraints"][0]["kind"], "all"):
+            rows[kind].update(samples=1, satisfied=entry["judgment"] is None,
+                              decent=entry["decent"])
+    for entry in chosen:
+        for kind in (entry["constraints"][0]["kind"], "all"):
+            rows[kind]["negative" if entry["judgment"] else "positive"] += 1
+    for split, answers in greedy.items():
+        for prompt, answer in zip(prompts[split], answers, strict=True):
+            for kind in (prompt["constraints"][0]["kind"], "all"):
+                rows[kind][f"{split} prompts"] += 1
+                rows[kind][split] += judge_by_rules(prompt, answer["text"]) is None
+    print(f"{'kind':34}{'base, samples':>14}{'decent':>9}{'positives':>11}{'negatives':>11}"
+          f"{'base, greedy: validation':>26}{'heldout':>12}")
+    for kind, row in rows.items():
+        print(f"{kind:34}{_share(row['satisfied'], row['samples']):>14}"
+              f"{_share(row['decent'], row['samples']):>9}{row['positive']:11}{row['negative']:11}"
+              f"{_share(row['validation'], row['validation prompts']):>26}"
+              f"{_share(row['heldout'], row['heldout prompts']):>12}")
+    lengths = row_lengths(chosen, tokenizer)
+    print(f"train: {len(chosen)} records, {len(lengths)} rows, {sum(lengths)} tokens, "
+          f"{sum(lengths) / len(lengths):.0f} a row")
+
+
+def row_lengths(chosen: list[dict], tokenizer) -> list[int]:
+    """Tokens of every row that training makes of the records: two of a negative one."""
+    from lm.templates import load_template, prompt_ids, response_ids
+
+    template = load_template("alpaca")
+    return [len(prompt_ids(tokenizer, template.render(entry["instruction"], judgment)))
+            + len(response_ids(tokenizer, entry["output"]))
+            for entry in chosen for judgment in {None, entry["judgment"]}]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+if __name__ == "__main__":
+    run(main)

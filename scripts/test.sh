@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint and tests, as CI runs them: bash scripts/test.sh [pytest arguments]
+# Needs Python >= 3.11 with venv, and no GPU; the network only for the installs. About 8 minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+# One thread a worker: two workers with two threads each make small models ten times slower.
+export OMP_NUM_THREADS=1
+
+ruff check .
+python -m pytest -n 2 --dist loadgroup "$@"

@@ -1,0 +1,115 @@
+"""Model names, precisions and LoRA targets; every wrong one is a clear line."""
+
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lm import models
+from lm.records import InputError
+
+
+def test_embedded_name_is_its_folder_under_saved_models(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.setattr(models, "SAVED_MODELS", tmp_path)
+    with pytest.raises(InputError, match=r"get_model\.py smollm2-135m-instruct"):
+        models.resolve_model(models.DEFAULT_MODEL)
+    (tmp_path / models.DEFAULT_MODEL).symlink_to(tiny_llama)
+    assert models.resolve_model(models.DEFAULT_MODEL) == str(tmp_path / models.DEFAULT_MODEL)
+
+
+def test_hub_ids_pass_and_folders_stay(tiny_llama):
+    assert models.resolve_model("gpt2") == "gpt2"
+    assert models.resolve_model("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+    assert models.resolve_model(str(tiny_llama)) == str(tiny_llama)
+
+
+@pytest.mark.parametrize("name", ["", "./none", "../none", "/none", "~/none", "a/b/none", "none/",
+                                  "tests/none"])
+def test_missing_local_folder_is_not_taken_for_a_hub_id(name, monkeypatch):
+    monkeypatch.chdir(models.SAVED_MODELS.parent)  # where tests/ is a folder
+    with pytest.raises(InputError, match="no such model folder"):
+        models.resolve_model(name)
+
+
+def test_adapter_folder_is_not_a_base_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is an adapter.*merge\.py"):
+        models.load_model(str(tmp_path))
+
+
+def test_unreachable_model_is_one_line():
+    for load in (models.load_tokenizer, models.load_model):
+        with pytest.raises(InputError, match="org/none: cannot load the") as error:
+            load("org/none")
+        assert "\n" not in str(error.value)
+
+
+def test_tokenizer_without_eos_is_refused(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises(InputError, match="no EOS token"):
+        models.load_tokenizer(str(tmp_path))
+
+
+def test_auto_is_fp32_on_cpu_and_other_dtypes_are_kept(tiny_llama):
+    for load_in, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        model = models.load_model(str(tiny_llama), load_in)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert not models.is_quantized(model)
+    with pytest.raises(InputError, match="one of auto, 8bit"):
+        models.load_model(str(tiny_llama), "int8")
+
+
+@pytest.mark.parametrize(("load_in", "stored"), [("8bit", torch.int8), ("4bit", torch.uint8)])
+def test_quantized_base_trains_its_adapter_only(tiny_llama, load_in, stored):
+    base = models.load_model(str(tiny_llama), load_in)
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == stored
+    model = models.add_lora(base, 4, 8, 0.0, ["up_proj"], gradient_checkpointing=True)
+    ids = torch.arange(1, 9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    gradients = [p.grad.abs().sum() for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 2 and all(gradient > 0 for gradient in gradients)
+
+
+def test_missing_bitsandbytes_is_one_line(tiny_llama, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match="needs bitsandbytes"):
+        models.load_model(str(tiny_llama), "8bit")
+
+
+def test_broken_quantization_is_one_line(tiny_llama, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel for this machine\nand a page of advice")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(InputError, match=r"4bit does not work on this machine \(no kernel"):
+        models.load_model(str(tiny_llama), "4bit")
+    with pytest.raises(RuntimeError):  # without quantization it is no input error
+        models.load_model(str(tiny_llama), "fp32")
+
+
+@pytest.mark.parametrize("targets", ["up_proj", ["gate_proj", "up_proj"], ("mlp.up_proj",)])
+def test_lora_on_named_layers(tiny_llama, targets):
+    model = models.add_lora(models.load_model(str(tiny_llama)), 4, 8, 0.1, targets)
+    names = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert names and all("up_proj" in name or "gate_proj" in name for name in names)
+    assert len(names) == (4 if isinstance(targets, list) else 2)
+
+
+def test_all_linear_works_on_gpt2_and_names_of_llama_do_not(tiny_gpt2):
+    base = models.load_model(str(tiny_gpt2))
+    with pytest.raises(InputError, match=r"gate_proj, down_proj; it has c_attn, c_fc, c_proj \(`"):
+        models.add_lora(base, 4, 8, 0.0, ["gate_proj", "down_proj", "c_fc"])
+    model = models.add_lora(base, 4, 8, 0.0, "all-linear")
+    assert any("c_attn.lora_A" in name for name, _ in model.named_modules())
+
+
+def test_module_stays_light(run_cli):
+    """Commands import it before --help; torch would make that take seconds."""
+    code = "import sys, lm.models; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
+    assert run_cli("-c", code).returncode == 0, sys.version
