@@ -123,7 +123,7 @@ def main(
     arguments = finetune.training_arguments(settings)  # before the model: ZeRO-3 wants to know
     model = finetune.load_model(settings)
     trainer = finetune.make_trainer(settings, arguments, model, data)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    finetune.train(settings, trainer, checkpoint)
     finetune.save(settings, trainer, data)
 
 

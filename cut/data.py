@@ -106,6 +106,8 @@ def examples_of(records: Sequence[Record], source: str, *, downsample: float = -
     check_fields(records, source, required={"instruction": (str,), "output": (str,),
                                             "judgment": (str, NoneType)},
                  optional={"input": (str, NoneType), "score": (int, float, NoneType)})
+    if downsample < 0 and downsample != -1:
+        raise InputError(f"--downsample is {downsample}; expected 0 or more, or -1 to keep all")
     counts = Counts(records=len(records))
     examples = []
     for index, record in enumerate(records):
@@ -151,6 +153,9 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
     kept = response[-room:]
     fitted = [prompt.fit(cutoff_len - len(kept)) for prompt in prompts]
     lost = sum(len(p.ids) - len(f) for p, f in zip(prompts, fitted, strict=True))
+    if not all(fitted):
+        raise InputError(f"{example.record}: its prompt has no tokens for the response to follow; "
+                         f"give template '{template.name}' some text, or raise --cutoff_len")
     rows = [Row(ids + kept, len(kept)) for ids in fitted]
     if train_on_inputs:
         rows[0] = replace(rows[0], supervised=len(rows[0].ids) - 1)

@@ -3,19 +3,24 @@
 Imported by that script only; in a notebook use `cut.data`, `cut.trainer` and `lm` directly.
 """
 
-import importlib.util
+import contextlib
+import errno
 import math
 import os
 import random
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import integration_utils
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
 from cut.log_probs import check_head
@@ -24,6 +29,12 @@ from lm import models, runs
 from lm.records import InputError, read_records
 from lm.templates import load_template
 
+AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
+            "save_steps": 1, "lora_r": 1, "warmup_steps": 0, "learning_rate": 0, "val_set_size": 0,
+            "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0, "lora_dropout": 0}
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors and torch say then; torch notices by the position in the file
+DISK_TEXTS = re.compile(r"os error|No space left|unexpected pos|PytorchStreamWriter")
 DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
 SHOWN_EXAMPLES = 3  # by --dry_run: the first Align-P and pairs
 
@@ -45,11 +56,15 @@ def check(flags: dict) -> SimpleNamespace:
     for name in ("base_model", "data_path", "output_dir"):
         if not getattr(settings, name):
             raise InputError(f"--{name} is required (--help lists every flag)")
-    for name in ("batch_size", "micro_batch_size", "cutoff_len", "logging_steps", "save_steps"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"--{name} is {getattr(settings, name)}; expected 1 or more")
-    if settings.weight_unlike < 0 or settings.gamma < 0 or settings.threshold < 0:
-        raise InputError("--weight_unlike, --gamma and --threshold must not be negative")
+    for name, least in AT_LEAST.items():
+        if getattr(settings, name) < least:
+            raise InputError(f"--{name} is {getattr(settings, name)}; expected {least} or more")
+    if settings.num_epochs <= 0 or settings.max_steps == 0:
+        raise InputError(f"--num_epochs {settings.num_epochs} and --max_steps "
+                         f"{settings.max_steps} leave no step to train")
+    if settings.load_in not in models.PRECISIONS:
+        raise InputError(f"--load_in is {settings.load_in!r}; expected one of "
+                         f"{', '.join(models.PRECISIONS)}")
     if settings.full_finetune and settings.load_in in ("8bit", "4bit"):
         raise InputError(f"--full_finetune cannot train --load_in {settings.load_in} weights; "
                          "use bf16 or fp32")
@@ -57,9 +72,7 @@ def check(flags: dict) -> SimpleNamespace:
         settings.gamma = 1.0
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
-    for tracker in settings.report_to.split(","):
-        if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
-            raise InputError(f"--report_to {tracker}: not installed; pip install {tracker}")
+    _check_trackers(settings.report_to)
     settings.world_size = world_size()
     settings.accumulation = _accumulation(settings)
     return settings
@@ -68,6 +81,11 @@ def check(flags: dict) -> SimpleNamespace:
 def world_size() -> int:
     """Processes that train together; stops when a launcher started some that do not."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    if launched > 1 and missing:
+        raise InputError(f"WORLD_SIZE is {launched}, but {', '.join(missing)} not set, so each "
+                         "process would train alone; use torchrun --nproc_per_node=N")
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != launched:
         raise InputError(f"launched as {launched} processes, but each would train alone; on CPUs "
@@ -108,6 +126,9 @@ def load_data(settings: SimpleNamespace) -> Data:
 def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
     """Claim the output folder; the checkpoint to continue from, if this run was killed before."""
     output_dir, resume = settings.output_dir, settings.resume_from_checkpoint
+    if isinstance(resume, str) and not runs.is_whole(Path(resume)):
+        raise InputError(f"--resume_from_checkpoint {resume}: not a whole checkpoint (a folder "
+                         "with trainer_state.json)")
     run = runs.describe_run(vars(settings), settings.data_path)
     state = PartialState()
     status = None if resume is False else runs.previous_run(output_dir, run, free)
@@ -124,11 +145,7 @@ def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
         runs.write_run(output_dir, run)
     state.wait_for_everyone()
     settings.run = run
-    if isinstance(resume, str):
-        if not Path(resume).is_dir():
-            raise InputError(f"--resume_from_checkpoint {resume}: no such folder")
-        return resume
-    checkpoint = runs.last_checkpoint(output_dir)
+    checkpoint = resume if isinstance(resume, str) else runs.last_checkpoint(output_dir)
     if checkpoint and is_main():
         print(f"continuing from {checkpoint}")
     return checkpoint
@@ -140,9 +157,10 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
         if value := getattr(settings, f"wandb_{name}"):
             os.environ[f"WANDB_{name.upper()}"] = value
     on_gpu = torch.cuda.is_available()
+    validate = bool(settings.val_set_size)
     half = on_gpu and (settings.load_in != "fp32" or settings.full_finetune)
     bf16 = half and torch.cuda.is_bf16_supported()
-    arguments = TrainingArguments(
+    options = dict(
         output_dir=settings.output_dir,
         per_device_train_batch_size=settings.micro_batch_size,
         per_device_eval_batch_size=1,
@@ -161,8 +179,8 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
         save_total_limit=2,
-        eval_strategy="steps" if settings.val_set_size else "no",
-        eval_steps=0.1 if settings.val_set_size else None,
+        eval_strategy="steps" if validate else "no",
+        eval_steps=0.1 if validate else None,  # of the steps
         prediction_loss_only=True,
         seed=settings.seed,
         report_to=settings.report_to.split(","),
@@ -171,6 +189,10 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if settings.world_size > 1 else None,
     )
+    try:
+        arguments = TrainingArguments(**options)
+    except ValueError as error:  # an unknown schedule, for example
+        raise InputError(models.first_line(error)) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
     return arguments
 
@@ -182,6 +204,8 @@ def load_model(settings: SimpleNamespace):
     if settings.full_finetune and load_in == "auto":
         load_in = "fp32"  # master weights; the forward pass runs in bf16 on a GPU
     model = models.load_model(settings.base_model, load_in, settings.attn_implementation)
+    if load_in == "4bit":
+        _keep_gradients(model)
     if settings.full_finetune:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -209,10 +233,17 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
         group_by_length=settings.group_by_length)
 
 
+def train(settings: SimpleNamespace, trainer: CutTrainer, checkpoint: str | None) -> None:
+    """All steps, from the checkpoint if there is one."""
+    with _full_disk_in_one_line(settings.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
 def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
     """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end."""
-    trainer.save_model(settings.output_dir)
-    trainer.save_state()
+    with _full_disk_in_one_line(settings.output_dir):
+        trainer.save_model(settings.output_dir)
+        trainer.save_state()
     if is_main():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.write_run(settings.output_dir, settings.run, status="finished",
@@ -269,8 +300,10 @@ def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
     load_in = settings.load_in
     if load_in == "auto":
         load_in = "fp32" if settings.full_finetune or not on_gpu else "8bit"
-    weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4}[load_in]
     config = AutoConfig.from_pretrained(models.resolve_model(settings.base_model))
+    stored = config.dtype.itemsize if config.dtype else 4
+    weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4,
+                    "checkpoint": stored}[load_in]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
         if not settings.full_finetune:
@@ -310,6 +343,43 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
+def _check_trackers(report_to: str) -> None:
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for tracker in report_to.split(","):
+        if tracker not in ("none", "all", *known):
+            raise InputError(f"--report_to {tracker!r}: unknown; use none, all, or some of "
+                             f"{', '.join(known)}")
+        if tracker in known and tracker not in (
+                integration_utils.get_available_reporting_integrations()):
+            raise InputError(f"--report_to {tracker}: not installed; pip install {tracker}")
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(output_dir: str) -> Iterator[None]:
+    """safetensors and torch report a full disk as errors of their own, some of them misleading."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = (error.errno in DISK_ERRNOS if isinstance(error, OSError)
+                else DISK_TEXTS.search(str(error)))
+        if not full:
+            raise
+        raise InputError(f"{output_dir}: cannot write ({models.first_line(error)}); free some "
+                         "space there, and the same command continues") from error
+
+
+def _keep_gradients(model) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for CPU inference at the first evaluation.
+
+    It does so where the CPU has AVX512-BF16, for good, and packed layers pass no gradient on.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _accumulation(settings: SimpleNamespace) -> int:
     together = settings.micro_batch_size * settings.world_size
     if settings.batch_size % together:
@@ -321,7 +391,9 @@ def _accumulation(settings: SimpleNamespace) -> int:
 
 def _held_out(count: int, size: float) -> set[int]:
     """Indices of the validation examples, the same whatever the training seed."""
-    wanted = int(count * size) if 0 < size < 1 else int(size)
+    wanted = int(count * size) if size < 1 else int(size)
+    if size and not wanted:
+        raise InputError(f"--val_set_size {size} holds out nothing of {count} examples")
     if wanted >= count:
         raise InputError(f"--val_set_size {size} leaves nothing of {count} examples to train on")
     return set(random.Random(42).sample(range(count), wanted))

@@ -11,12 +11,12 @@ the terminal and, with the probabilities under the pointer, into one HTML file.
 import html
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from torch import Tensor
 from cut.data import Example, Rows, collate
 from cut.log_probs import supervised_log_probs
 from cut.loss import CutLoss, cut_loss
+from cut.trainer import CutSettings
 from lm.records import InputError, write_text
-
-if TYPE_CHECKING:
-    from cut.trainer import CutSettings
 
 THRESHOLDS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 STRONGEST = 4.0  # the ratio, or its inverse, from which on a colour is at its strongest
 # From which ratio on, red for more likely and blue for less: 256-colour numbers that can be read
 # on dark and on light terminals. Below the first ratio a token keeps the terminal's colour.
 STEPS = ((1.1, 138, 103), (1.5, 174, 68), (2.0, 167, 33), (STRONGEST, 196, 27))
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 MEANING = ("ratio p(y|x,j) / p(y|x): how much likelier the judgment in the prompt makes a token of "
            "the response")
 
@@ -51,14 +50,14 @@ class TokenRatios:
 
 
 def show(model, tokenizer, examples: Sequence[Example], rows: Sequence[Rows],
-         settings: "CutSettings", html_path: str | Path) -> None:
+         settings: CutSettings, html_path: str | Path) -> None:
     """Print the heat maps of some negative examples and write them to an HTML file.
 
     `examples` and `rows` are parallel and hold pairs only; the folder of `html_path` exists.
     """
     if not rows:
         raise InputError("none of the training examples has a judgment to show; "
-                         "keep some of them out of --val_set_size")
+                         "lower --val_set_size, or leave out --debug")
     colour = _wants_colour()
     print(terminal_legend(settings.threshold, colour))
     shown = []
@@ -71,7 +70,7 @@ def show(model, tokenizer, examples: Sequence[Example], rows: Sequence[Rows],
 
 
 @torch.no_grad()
-def token_ratios(model, tokenizer, rows: Rows, settings: "CutSettings") -> TokenRatios:
+def token_ratios(model, tokenizer, rows: Rows, settings: CutSettings) -> TokenRatios:
     """Run a pair's two rows and compare their response tokens, as training does."""
     batch = collate([rows], pad_id=0).to(model.device)
     training = model.training
@@ -91,17 +90,20 @@ def pieces_of(tokenizer, ids: Sequence[int], count: int) -> tuple[str, ...]:
 
     A character that several tokens spell belongs to the last of them; the others add "".
     """
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(list(ids[start:stop]), skip_special_tokens=False,
+                                clean_up_tokenization_spaces=False)
+
     pieces = []
-    known, done = 0, len(ids) - count  # text up to `done` is spelt out; `known` is one step behind
-    for end in range(done + 1, len(ids) + 1):
-        before, text = (tokenizer.decode(list(ids[known:stop]), skip_special_tokens=False,
-                                         clean_up_tokenization_spaces=False)
-                        for stop in (done, end))
+    spelt = len(ids) - count  # ids before this one are spelt out
+    context = 0  # decoding starts here, a little earlier: some decoders treat the start specially
+    for end in range(spelt + 1, len(ids) + 1):
+        text = decode(context, end)
         if text.endswith("\ufffd") and end < len(ids):  # bytes of a character are missing
             pieces.append("")
             continue
-        pieces.append(text[len(before):])
-        known, done = done, end
+        pieces.append(text[len(decode(context, spelt)):])
+        context, spelt = spelt, end
     return tuple(pieces)
 
 
@@ -149,15 +151,13 @@ def terminal_table(shown: Sequence[TokenRatios], threshold: float) -> str:
 def summary(tokens: TokenRatios) -> str:
     """How much of a response is in U."""
     flagged, count = int(tokens.inappropriate.sum()), len(tokens.pieces)
-    cut = f", {tokens.cut} more cut to fit --cutoff_len" if tokens.cut else ""
+    cut = f"; its rows lost {tokens.cut} tokens to --cutoff_len" if tokens.cut else ""
     return f"{flagged} of {count} tokens ({flagged / count:.0%}) in U{cut}"
 
 
 def printable(text: str) -> str:
-    """Control characters as pictures: data must not steer the terminal."""
-    return "".join(
-        char if char in "\n\t" or char.isprintable() or not (char < " " or "\x7f" <= char < "\xa0")
-        else chr(0x2400 + ord(char)) if char < " " else "␡" for char in text)
+    """Control characters spelt out: data must not steer the terminal."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def html_page(examples: Sequence[Example], shown: Sequence[TokenRatios], threshold: float) -> str:
@@ -181,7 +181,7 @@ def html_page(examples: Sequence[Example], shown: Sequence[TokenRatios], thresho
 it. The <u>underlined</u> ones are in <i>U</i>, ratio &gt; {threshold:g}: training makes them
 unlikely, and the others likely. Point at a token for its probabilities.</p>
 <figure><figcaption>ratio p(y|x,j) / p(y|x)</figcaption>
-<div class="scale"></div><div class="ticks">{ticks}</div>
+<div class="scale"></div><div class="ticks numbers">{ticks}</div>
 <div class="ticks ends"><span>less likely with the judgment</span>
 <span>more likely</span></div></figure>
 {_html_table(shown, threshold)}
@@ -228,10 +228,9 @@ def _coloured(tokens: TokenRatios) -> str:
 
 def _styled(text: str, log_ratio: float, flagged: bool) -> str:
     """Text in its colour; each line ends its style, so that no line break carries it on."""
-    codes = ["4"] if flagged else []
-    for bound, red, blue in STEPS:
-        if abs(log_ratio) >= math.log(bound):
-            codes[flagged:] = [f"38;5;{red if log_ratio > 0 else blue}"]
+    colours = [f"38;5;{red if log_ratio > 0 else blue}" for bound, red, blue in STEPS
+               if abs(log_ratio) >= math.log(bound)]
+    codes = (["4"] if flagged else []) + colours[-1:]
     if not codes:
         return text
     lines = text.replace("\n", "⏎\n").split("\n")
@@ -257,15 +256,11 @@ def _html_token(piece: str, judged: float, plain: float, flagged: bool) -> str:
     text = printable(piece)
     name = text.replace("\n", "⏎").replace(" ", "␣") or "part of the next character"
     tip = (f"{name}\np(y|x,j)  {math.exp(judged):.3g}\np(y|x)    {math.exp(plain):.3g}\n"
-           f"ratio     {_ratio_text(ratio)}{'  in U' if flagged else ''}")
+           f"ratio     {math.exp(min(ratio, 700)):.3g}{'  in U' if flagged else ''}")
     tip = html.escape(tip).replace("\n", "&#10;")  # the newlines of an attribute
     body = html.escape(text).replace("\n", "<i></i>\n")
     kind = ("more" if ratio > 0 else "less") + (" u" if flagged else "")
     return f'<span class="{kind}" style="--s:{strength:.2f}" data-tip="{tip}">{body}</span>'
-
-
-def _ratio_text(log_ratio: float) -> str:
-    return f"{math.exp(log_ratio):.3g}" if abs(log_ratio) < 300 else f"e^{log_ratio:.0f}"
 
 
 def _html_table(shown: Sequence[TokenRatios], threshold: float) -> str:
@@ -274,7 +269,7 @@ def _html_table(shown: Sequence[TokenRatios], threshold: float) -> str:
         f'<td class="bar"><div style="width:{share:.1%}"></div></td></tr>\n'
         for value, share in _shares_with(shown, threshold).items())
     return (f"<table><caption>Share of the {_count(shown)} response tokens in <i>U</i></caption>\n"
-            f"<tr><th>λ</th><th>share</th><td></td></tr>\n{rows}</table>")
+            f"<tr><th>λ</th><th>share</th><td class=bar></td></tr>\n{rows}</table>")
 
 
 # Colours lie over the page's own background in the strength of --s, so that one scale serves
@@ -319,11 +314,14 @@ figcaption, caption { font-size: .85rem; color: var(--faint); text-align: left;
   rgb(var(--more) / 0) 50%, rgb(var(--more) / .62)); }
 .ticks { display: flex; justify-content: space-between; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
+.numbers span { width: 0; display: flex; justify-content: center; white-space: nowrap; }
+.numbers span:first-child { justify-content: flex-start; }
+.numbers span:last-child { justify-content: flex-end; }
 .ends { color: var(--faint); }
-table { border-collapse: collapse; width: 100%; max-width: 30rem; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; table-layout: fixed; width: 30rem; max-width: 100%;
+  font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; font-weight: 400; }
-th { width: 3rem; } td { width: 4.5rem; } td.bar { width: auto; padding-right: 0; }
+th { width: 4.5rem; } .bar { width: auto; padding-right: 0; }
 tr:first-of-type > * { color: var(--faint); }
 .bar div { height: .6rem; background: rgb(var(--more) / .62); border-radius: 2px; }
 .now > * { font-weight: 700; } .now th::before { content: "▸ "; }

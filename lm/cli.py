@@ -7,7 +7,6 @@ one, text stays text (`--data_path 7` is "7"), and bad input ends in one line an
 import difflib
 import functools
 import inspect
-import json
 import logging
 import os
 import sys
@@ -28,10 +27,13 @@ def run(command: Callable) -> None:
     # Remarks of libraries on each other, which nobody who reads a command's output can act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    calls: list[Callable] = []  # fire looks for leftover arguments after its call, we before ours
     try:
         _reject_unknown_flags(command, sys.argv[1:])
-        fire.Fire(_checked(command), command=_quoted(command, sys.argv[1:]),
+        fire.Fire(_checked(command, calls), command=_quoted(command, sys.argv[1:]),
                   name=os.path.basename(sys.argv[0]))
+        for call in calls:
+            call()
     except InputError as error:
         _stop(str(error))
     except OSError as error:
@@ -60,8 +62,8 @@ def _reject_unknown_flags(command: Callable, arguments: list[str]) -> None:
                              "(--help lists every flag)")
 
 
-def _checked(command: Callable) -> Callable:
-    """`command` with text flags taken literally and the types of the others checked."""
+def _checked(command: Callable, calls: list[Callable]) -> Callable:
+    """What fire calls: checks the flags' types and notes the call in `calls`."""
     kinds = {name: get_args(p.annotation) if isinstance(p.annotation, UnionType)
              else (p.annotation,)
              for name, p in inspect.signature(command).parameters.items()}
@@ -74,7 +76,7 @@ def _checked(command: Callable) -> Callable:
                 raise InputError(f"--{name} is {value!r}; expected "
                                  + " or ".join(getattr(k, "__name__", str(k))
                                                for k in kinds[name]))
-        command(*args, **kwargs)
+        calls.append(functools.partial(command, *args, **kwargs))
 
     return call
 
@@ -87,9 +89,9 @@ def _quoted(command: Callable, arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if is_value and not argument.startswith("--"):
-            quoted.append(json.dumps(argument))
+            quoted.append(repr(argument))
         elif flag[2:].replace("-", "_") in text and equals:
-            quoted.append(f"{flag}={json.dumps(value)}")
+            quoted.append(f"{flag}={value!r}")
         else:
             quoted.append(argument)
         is_value = argument.startswith("--") and flag[2:].replace("-", "_") in text and not equals

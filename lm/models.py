@@ -56,9 +56,9 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(base_model: str, load_in: str = "auto",
-               attn_implementation: str = "auto") -> "PreTrainedModel":
-    """The model on this process's GPU, or on the CPU where there is none.
+def load_model(base_model: str, load_in: str = "auto", attn_implementation: str = "auto",
+               device: str = "auto") -> "PreTrainedModel":
+    """The model on this process's GPU, or on the CPU where there is none, or on `device`.
 
     `load_in` auto is 8bit on CUDA (the released setting: 8-bit linear layers, the rest fp16) and
     fp32 on the CPU, where half precision is 4 to 25 times slower; `checkpoint` is the precision
@@ -75,7 +75,7 @@ def load_model(base_model: str, load_in: str = "auto",
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, quantization_config=quantization,
-            attn_implementation=attn_implementation, device_map=_device_map(quantization))
+            attn_implementation=attn_implementation, device_map=_device_map(quantization, device))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base_model}: cannot load the model ({first_line(error)})") from error
     except RuntimeError as error:
@@ -209,9 +209,13 @@ def _fastest_attention(dtype: object) -> str | None:
     return "flash_attention_2" if can_flash else None
 
 
-def _device_map(quantization: "BitsAndBytesConfig | None") -> dict | None:
+def _device_map(quantization: "BitsAndBytesConfig | None", device: str) -> dict | None:
     import torch
 
+    if device != "auto":
+        if device not in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
+            raise InputError(f"--device is {device!r}; expected auto, cpu, or cuda where it is")
+        return {"": device}
     if not torch.cuda.is_available():
         return None if quantization is None else {"": "cpu"}
     # DeepSpeed and FSDP place the (unquantized) weights themselves, a shard on each GPU.

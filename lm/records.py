@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -107,9 +108,9 @@ def sha256(path: str | Path) -> str:
 def _read_text(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
@@ -137,14 +138,15 @@ def _read_hub(name: str, split: str) -> list[Record]:
     try:
         return load_dataset(name, split=split).to_list()
     except Exception as error:  # the Hub client raises many kinds; each means "not readable"
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: not a file here, and the Hub dataset cannot be read "
                          f"({reason})") from error
 
 
 def _looks_like_hub_id(source: str) -> bool:
     parts = source.split("/")
-    return len(parts) == 2 and all(parts) and "." not in parts[0] and not Path(source).suffix
+    is_file_name = Path(source).suffix in (".json", ".jsonl", ".gz")  # ids may end in "-v1.5"
+    return len(parts) == 2 and all(parts) and "." not in parts[0] and not is_file_name
 
 
 def _type_name(value: object) -> str:

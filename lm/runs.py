@@ -36,12 +36,19 @@ def describe_run(settings: Mapping[str, object], data_path: str) -> dict:
 def previous_run(output_dir: str, run: dict, free: tuple[str, ...] = ()) -> str | None:
     """Status of the same run in this folder: None, "running" (killed) or "finished".
 
-    Settings named in `free` may differ: they do not change the result.
+    Settings named in `free` may differ: they do not change the result. A run that stopped before
+    its first checkpoint left nothing to continue, and counts as none.
     """
     path = Path(output_dir) / RUN_FILE
+    begun = last_checkpoint(output_dir)
     if not path.is_file():
+        if begun:
+            raise InputError(f"{begun}: belongs to a run without {RUN_FILE}; choose another "
+                             "--output_dir, or start over with --resume_from_checkpoint False")
         return None
     before = json.loads(path.read_text(encoding="utf-8"))
+    if before["status"] == "running" and not begun:
+        return None
     changed = [f"{key} {before['settings'].get(key)!r} -> {value!r}"
                for key, value in run["settings"].items()
                if key not in free and before["settings"].get(key) != value]
@@ -61,12 +68,14 @@ def write_run(output_dir: str, run: dict, **more: object) -> None:
 
 def last_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint that was written whole; a kill can leave a later one half-written."""
-    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"),
-                         key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((str(path) for path in checkpoints if _is_whole(path)), None)
+    steps = {path: path.name.removeprefix("checkpoint-")
+             for path in Path(output_dir).glob("checkpoint-*")}
+    checkpoints = sorted((path for path, step in steps.items() if step.isdecimal()),
+                         key=lambda path: int(steps[path]), reverse=True)
+    return next((str(path) for path in checkpoints if is_whole(path)), None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
     """Trainer writes trainer_state.json last, after weights, optimizer and random states."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -55,6 +55,7 @@ def load_template(name: str) -> Template:
         texts = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from error
+    texts = texts if isinstance(texts, dict) else {}
     for key, fields in (("prompt", {"instruction"}),
                         ("prompt_with_judgment", {"instruction", "judgment"})):
         if not isinstance(texts.get(key), str) or set(FIELD.findall(texts[key])) != fields:

@@ -78,13 +78,13 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     file, done = open_partial(output, settings)
     left = {index: record["instruction"] for index, record in enumerate(records)
             if index not in done}
-    with file, tqdm(total=len(records), initial=len(done), unit="response") as progress:
+    with file:
         if left:
             model, tokenizer = load(str(model_path), adapter, load_in)
-            for line in respond(model, tokenizer, left, settings, template, batch_tokens):
+            lines = respond(model, tokenizer, left, settings, template, batch_tokens)
+            for line in tqdm(lines, total=len(records), initial=len(done), unit="response"):
                 append(file, line)
                 done[line["index"]] = line
-                progress.update()
     write_output(output, records, done, settings)
 
 

@@ -6,7 +6,7 @@
    topic and no wording of a constraint
 2. responses: several a train prompt, sampled from the embedded model
 3. verdicts: IFEval's checkers decide, lm/judges.py says what is wrong
-4. choice: whole, decent answers, good and bad ones of the same prompt where there are any, evenly
+4. choice: first paragraphs that are decent answers, good and bad ones of the same prompt where there are any, evenly
    over the kinds
 5. a table: how often the base model satisfies each kind, and what was chosen
 
@@ -14,6 +14,7 @@ Answers are kept in --work and not asked for again, so a stopped run continues. 
 seed and machine give the same files.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -23,9 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lm.cli import run  # noqa: E402
-from lm.judges import judge_by_rules  # noqa: E402
-from lm.records import Record, read_records, write_text  # noqa: E402
+from lm.cli import run
+from lm.judges import judge_by_rules, satisfied
+from lm.records import Record, read_records, write_text
 
 # A response that talks about the exercise, or in lists and markup, is not worth imitating.
 NOT_DECENT = re.compile(r"[\n#*`<>\[\]{}_|]|[^\x00-\x7f‘’“”–—]|\b(response|instruction|sentence|"
@@ -69,11 +70,9 @@ def make_prompts(settings: dict, split: str, seed: int) -> list[Record]:
     prompts = []
     for kind, texts in wordings.items():
         turn, numbers = _in_turn(texts, draw), _in_turn(settings["numbers"][split], draw)
-        words = _in_turn(settings["frequent_words"], draw)
         for number in range(per_kind):
             topic, likely, fitting = (part.strip() for part in next(topics).split("|"))
-            fields = {"n": next(numbers), "w": {"keywords:forbidden_words": likely,
-                      "keywords:existence": fitting}.get(kind) or next(words)}
+            fields = {"n": next(numbers), "w": fitting if "existence" in kind else likely}
             wording = next(turn)
             instruction = wording.format(task=next(tasks).format(topic=topic), **fields)
             prompts.append({"id": f"{split}-{kind.split(':')[1]}-{number:02}",
@@ -87,9 +86,7 @@ def constraint(kind: str, n: int, w: str) -> dict:
     kwargs = {"length_constraints:number_words": {"num_words": n + 1, "relation": "less than"},
               "punctuation:no_comma": {},
               "keywords:forbidden_words": {"forbidden_words": [w]},
-              "keywords:existence": {"keywords": [w]},
-              "keywords:frequency": {"keyword": rf"\b{w}\b", "frequency": 2,
-                                     "relation": "less than"}}
+              "keywords:existence": {"keywords": [w]}}
     return {"kind": kind, "kwargs": kwargs[kind]}
 
 
@@ -108,14 +105,14 @@ class Answerer:
 
     def sample(self, prompts: list[Record], samples: int, temperature: float,
                top_p: float) -> list[list[dict]]:
-        """`samples` answers to each prompt."""
-        answers = self._answers([p["instruction"] for p in prompts for _ in range(samples)],
+        """`samples` answers to each prompt; asking for more later keeps those that are there."""
+        answers = self._answers([prompt["instruction"] for prompt in prompts], samples,
                                 temperature=temperature, top_p=top_p)
-        return [answers[start:start + samples] for start in range(0, len(answers), samples)]
+        return [answers[start::len(prompts)] for start in range(len(prompts))]
 
     def greedy(self, prompts: list[Record]) -> list[dict]:
         """The one answer to each prompt that decides the headline."""
-        return self._answers([prompt["instruction"] for prompt in prompts], temperature=0.0,
+        return self._answers([prompt["instruction"] for prompt in prompts], 1, temperature=0.0,
                              top_p=1.0)
 
     def tokenizer(self):
@@ -124,42 +121,48 @@ class Answerer:
 
         return load_tokenizer(self.base_model)
 
-    def _answers(self, instructions: list[str], **sampling) -> list[dict]:
+    def _answers(self, instructions: list[str], rounds: int, **sampling) -> list[dict]:
+        """First one answer to every instruction, then a second one to every instruction ..."""
         from tqdm import tqdm
 
+        total = rounds * len(instructions)
+        file, known = self._known(instructions, sampling)
+        with open(file, "a", encoding="utf-8") as out, \
+                tqdm(total=total, initial=min(len(known), total), desc=file.stem) as progress:
+            for start in range(0, total, len(instructions)):
+                wanted = {index: instruction for index, instruction
+                          in enumerate(instructions, start) if index not in known}
+                for answer in self._generate(wanted, sampling):
+                    known[answer["index"]] = answer
+                    out.write(json.dumps(answer) + "\n")
+                    out.flush()
+                    progress.update()
+        return [known[index] for index in range(total)]
+
+    def _generate(self, instructions: dict[int, str], sampling: dict):
         from lm.generation import generate
         from lm.templates import load_template
 
-        settings = {"base_model": self.base_model, "seed": self.seed,
-                    "max_new_tokens": self.max_new_tokens, **sampling}
-        file, known = self._known(instructions, settings)
-        if len(known) < len(instructions):
-            template = load_template("alpaca")
-            prompts = {index: template.render(instruction)
-                       for index, instruction in enumerate(instructions) if index not in known}
-            with open(file, "a", encoding="utf-8") as out:
-                for index, response in tqdm(
-                        generate(self._model(), self.tokenizer(), prompts, token_budget=8192,
-                                 max_new_tokens=self.max_new_tokens, seed=self.seed, **sampling),
-                        total=len(instructions), initial=len(known), desc=file.stem):
-                    known[index] = {"index": index, "text": response.text,
-                                    "tokens": len(response.token_ids),
-                                    "whole": response.finish_reason == "stop"}
-                    out.write(json.dumps(known[index]) + "\n")
-                    out.flush()
-        return [known[index] for index in range(len(instructions))]
+        if not instructions:
+            return
+        render = load_template("alpaca").render
+        answers = generate(self._model(), self.tokenizer(),
+                           {index: render(text) for index, text in instructions.items()},
+                           max_new_tokens=self.max_new_tokens, token_budget=8192,
+                           seed=self.seed, **sampling)
+        for index, answer in answers:
+            yield {"index": index, "text": answer.text, "tokens": len(answer.token_ids),
+                   "whole": answer.finish_reason == "stop"}
 
-    def _known(self, instructions: list[str], settings: dict) -> tuple[Path, dict[int, dict]]:
+    def _known(self, instructions: list[str], sampling: dict) -> tuple[Path, dict[int, dict]]:
         """The file for exactly these questions and settings, and the answers in it."""
-        import hashlib
-
+        settings = [Path(self.base_model).name, self.seed, self.max_new_tokens, sampling]
         question = json.dumps([instructions, settings], sort_keys=True).encode()
-        name = "greedy" if settings["temperature"] == 0 else "samples"
+        name = "samples" if sampling["temperature"] else "greedy"
         file = self.work / f"{name}-{hashlib.sha256(question).hexdigest()[:12]}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() or not file.stat().st_size:
-            return file, {}
-        return file, {answer["index"]: answer for answer in read_records(file)}
+        there = file.exists() and file.stat().st_size
+        return file, {answer["index"]: answer for answer in read_records(file)} if there else {}
 
     def _model(self):
         from lm.models import load_model
@@ -178,12 +181,19 @@ def judge_pool(prompts: list[Record], sampled: list[list[dict]], settings: dict,
     for prompt, answers in zip(prompts, sampled, strict=True):
         topic = max((t for t in stems if t in prompt["instruction"]), key=len)
         for answer in answers:
-            text = answer["text"]
-            pool.append({**prompt, "output": text, "tokens": answer["tokens"],
-                         "judgment": judge_by_rules(prompt, text, seed),
-                         "whole": answer["whole"],
-                         "decent": answer["whole"] and is_decent(text, stems[topic])})
+            text = first_paragraph(answer["text"])
+            ended = answer["whole"] or text != answer["text"].strip()
+            pool.append({**prompt, "output": text,
+                         "sample": answer["text"], "judgment": judge_by_rules(prompt, text, seed),
+                         "sample_satisfies": all(satisfied(prompt["constraints"],
+                                                           answer["text"])),
+                         "decent": ended and is_decent(text, stems[topic])})
     return pool
+
+
+def first_paragraph(text: str) -> str:
+    """What stands before the first line break: the model seldom has more to say after it."""
+    return text.strip().split("\n")[0].strip()
 
 
 def is_decent(text: str, stems: set[str]) -> bool:
@@ -238,7 +248,7 @@ def report(pool: list[dict], chosen: list[dict], prompts: dict, greedy: dict,
     rows = defaultdict(Counter)
     for entry in pool:
         for kind in (entry["constraints"][0]["kind"], "all"):
-            rows[kind].update(samples=1, satisfied=entry["judgment"] is None,
+            rows[kind].update(samples=1, satisfied=entry["sample_satisfies"],
                               decent=entry["decent"])
     for entry in chosen:
         for kind in (entry["constraints"][0]["kind"], "all"):

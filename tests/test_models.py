@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm import models
 from lm.records import InputError
@@ -113,3 +113,21 @@ def test_module_stays_light(run_cli):
     """Commands import it before --help; torch would make that take seconds."""
     code = "import sys, lm.models; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert run_cli("-c", code).returncode == 0, sys.version
+
+
+def test_checkpoint_precision_and_device_by_name(tiny_llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert models.load_model(str(tmp_path), "checkpoint").dtype == torch.bfloat16
+    assert models.load_model(str(tiny_llama), "checkpoint", device="cpu").dtype == torch.float32
+    for device in ("cuda", "gpu"):  # there is no GPU in the tests
+        with pytest.raises(InputError, match=f"--device is '{device}'"):
+            models.load_model(str(tiny_llama), device=device)
+
+
+def test_what_is_no_adapter_is_one_line(tiny_llama, tmp_path):
+    with pytest.raises(InputError, match="no such adapter folder"):
+        models.find_adapter(str(tmp_path / "none"))
+    with pytest.raises(InputError, match="is not an adapter"):
+        models.find_adapter(str(tiny_llama))
+    with pytest.raises(InputError, match="org/none: no adapter folder here, and not reachable"):
+        models.find_adapter("org/none")

@@ -1,0 +1,138 @@
+"""Command lines: what a user types wrong is one line and exit code 2, before anything runs.
+
+    python -m pytest tests/test_cli.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+from lm.cli import run
+from lm.records import InputError
+"""
+COMMAND = HEADER + '''
+def main(data_path: str = "", batch_size: int = 8, learning_rate: float = 1e-4,
+         debug: bool = False, layers: str | list | tuple = ("up",), size: int | float = 0) -> None:
+    """Show the flags.
+
+    Args:
+        data_path: Records to read.
+    """
+    print("RAN", ascii([data_path, batch_size, learning_rate, debug, layers, size]))
+
+run(main)
+'''
+
+
+@pytest.fixture(scope="module")
+def type_in(run_cli, tmp_path_factory):
+    """Run a small script with arguments, as a user does."""
+    folder = tmp_path_factory.mktemp("commands")
+
+    def type_in(*arguments, code=COMMAND, **options):
+        script = folder / "command.py"
+        script.write_text(code)
+        return run_cli(str(script), *arguments, **options)
+
+    return type_in
+
+
+def assert_stopped(result, message, code=2):
+    """One line on stderr, nothing done."""
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "flags"), [
+    ((), ["", 8, 1e-4, False, ("up",), 0]),
+    (("--data_path", "7"), ["7", 8, 1e-4, False, ("up",), 0]),
+    (("--data-path=7", "--batch-size", "2"), ["7", 2, 1e-4, False, ("up",), 0]),
+    (("--data_path", "None", "--debug"), ["None", 8, 1e-4, True, ("up",), 0]),
+    (("--data_path", "[a, 'b']", "--debug", "False"), ["[a, 'b']", 8, 1e-4, False, ("up",), 0]),
+    (("--data_path", "-1", "--learning_rate", "1"), ["-1", 8, 1, False, ("up",), 0]),
+    (("--data_path=", "--size", "0.5"), ["", 8, 1e-4, False, ("up",), 0.5]),
+    (("--data_path", "é 😀 \"q\" 'r' \\n {x}\n=", "--debug=True"),
+     ["é 😀 \"q\" 'r' \\n {x}\n=", 8, 1e-4, True, ("up",), 0]),
+    (("--layers", "[a,b_c]"), ["", 8, 1e-4, False, ["a", "b_c"], 0]),
+    (("--layers", "all-linear"), ["", 8, 1e-4, False, "all-linear", 0]),
+])
+def test_flags_arrive_as_typed(type_in, arguments, flags):
+    result = type_in(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"RAN {flags!a}\n"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--data_pth", "x"), "unknown flag --data_pth; did you mean --data_path?"),
+    (("--data_path", "x", "--batchsize=4"), "unknown flag --batchsize; did you mean --batch_size?"),
+    (("--debgu",), "did you mean --debug? (--help lists every flag)"),
+    (("--batch_size", "two"), "--batch_size is 'two'; expected int"),
+    (("--batch_size", "8.5"), "--batch_size is 8.5; expected int"),
+    (("--batch_size",), "--batch_size is True; expected int"),
+    (("--learning_rate", "fast"), "--learning_rate is 'fast'; expected float"),
+    (("--debug", "yes"), "--debug is 'yes'; expected bool"),
+    (("--data_path", "--debug"), "--data_path is True; expected str"),
+    (("--size", "True"), "--size is True; expected int or float"),
+])
+def test_wrong_flags_are_one_line(type_in, arguments, message):
+    assert_stopped(type_in(*arguments), message)
+
+
+@pytest.mark.parametrize("arguments", [("-unknown", "3"),
+                                       ("a", "1", "1", "True", "b", "2", "one more")])
+def test_leftover_arguments_stop_before_the_command_runs(type_in, arguments):
+    result = type_in(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Could not consume arg" in result.stderr
+
+
+def test_help_lists_flags_with_their_meaning(type_in):
+    result = type_in("--help")
+    assert result.returncode == 0 and "RAN" not in result.stdout
+    assert "--batch_size" in result.stdout + result.stderr
+    assert "Records to read." in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("failure", "message", "code"), [
+    ("raise InputError('f: record 1:\\nfield x')", "error: f: record 1: field x\n", 2),
+    ("open('/none/such')", "error: /none/such: No such file or directory\n", 2),
+    ("raise OSError(28, 'No space left on device')", "error: No space left on device\n", 2),
+    ("raise OSError('the Hub is away')", "error: the Hub is away\n", 2),
+    ("raise KeyboardInterrupt", "error: interrupted; run the same command again to continue\n",
+     130),
+])
+def test_failures_of_the_command_are_one_line(type_in, failure, message, code):
+    result = type_in(code=f"{HEADER}def main():\n    {failure}\nrun(main)\n")
+    assert (result.returncode, result.stderr) == (code, message)
+
+
+def test_mistakes_of_ours_keep_their_traceback(type_in):
+    result = type_in(code=f"{HEADER}def main():\n    [][1]\nrun(main)\n")
+    assert result.returncode == 1 and "IndexError" in result.stderr
+
+
+def test_other_processes_of_a_launch_fail_silently(type_in):
+    result = type_in("--nothing", env=os.environ | {"LOCAL_RANK": "1"})
+    assert (result.returncode, result.stderr) == (2, "")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(f"{HEADER}import time\ndef main():\n    print('ready', flush=True)\n"
+                      "    time.sleep(60)\nrun(main)\n")
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said == "error: interrupted; run the same command again to continue\n"

@@ -1,0 +1,197 @@
+"""scripts/generate.py: AlpacaEval's format, and no prompt repeated or lost whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lm.generation
+from lm.models import add_lora, load_model
+from lm.records import InputError, write_json
+from scripts import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    records = [{"instruction": f"Name {number} cats. " * (1 + number % 3), "id": f"p{number}"}
+               for number in range(12)]
+    write_json(tmp_path / "prompts.json", records)
+    return tmp_path / "prompts.json"
+
+
+def read(path: Path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+def test_output_has_alpaca_evals_fields(tiny_llama, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(map(json.dumps, [
+        {"instruction": "Translate {this}:", "input": "the cat", "output": "old", "judgment": "bad",
+         "score": 3},
+        {"instruction": "Sing.", "input": "", "id": "x", "dataset": "helpful_base"}])))
+    output = tmp_path / "new" / "out.json"
+    generate.main(str(tiny_llama), data_path=str(data), output_path=str(output),
+                  max_new_tokens=5, generator="tiny")
+    first, second = read(output)
+    assert list(first) == ["instruction", "output", "generator", "dataset"]
+    assert first["instruction"] == "Translate {this}:\nthe cat"
+    assert first["dataset"] == "mine" and first["generator"] == "tiny"
+    assert first["output"] != "old" and first["output"] == first["output"].strip()
+    assert second["instruction"] == "Sing." and second["id"] == "x"
+    assert second["dataset"] == "helpful_base"
+    assert not list(output.parent.glob("*.partial.jsonl"))
+
+
+def test_killed_run_goes_on_where_it_was(tiny_llama, prompts, tmp_path, monkeypatch, capsys):
+    flags = {"data_path": str(prompts), "max_new_tokens": 60, "temperature": 1.0,
+             "batch_tokens": 1}
+    reference, output = tmp_path / "reference.json", tmp_path / "out.json"
+    generate.main(str(tiny_llama), output_path=str(reference), **flags)
+    finished = kill_after_responses(3, output, tiny_llama, flags)
+    assert not output.exists()  # the final file is whole or absent
+    with open(generate.partial_file(output), "a") as file:
+        file.write('{"index": 5, "outp')  # what a kill in the middle of a line leaves
+
+    asked = record_prompts(monkeypatch)
+    capsys.readouterr()
+    generate.main(str(tiny_llama), output_path=str(output), **flags)
+    assert f"after {len(finished)} finished" in capsys.readouterr().out
+    assert set(asked) == set(range(12)) - finished and len(asked) == 12 - len(finished)
+    assert read(output) == read(reference)
+    assert len({record["output"] for record in read(output)}) == 12  # distinct samples
+
+
+def kill_after_responses(count: int, output: Path, model: Path, flags: dict) -> set[int]:
+    """Start the real command, kill -9 it in the middle; returns the finished prompts."""
+    command = [sys.executable, "scripts/generate.py", "--base_model_name_or_path", str(model),
+               "--output_path", str(output),
+               *(f"--{name}={value}" for name, value in flags.items())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    partial = generate.partial_file(output)
+    deadline = time.monotonic() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < count + 1:
+        assert process.poll() is None and time.monotonic() < deadline, "ended before the kill"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    lines = [json.loads(line) for line in partial.read_text().split("\n")[1:-1]]
+    assert count <= len(lines) < 12
+    return {line["index"] for line in lines}
+
+
+def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The indices that the model is asked from now on."""
+    asked: list[int] = []
+    original = lm.generation.generate
+
+    def recording(model, tokenizer, prompts, **settings):
+        asked.extend(prompts)
+        return original(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(lm.generation, "generate", recording)
+    return asked
+
+
+def test_finished_output_is_reused_or_defended(tiny_llama, prompts, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.json"
+    flags = {"data_path": str(prompts), "output_path": str(output), "limit": 3}
+    generate.main(str(tiny_llama), max_new_tokens=5, **flags)
+    asked = record_prompts(monkeypatch)
+    generate.main(str(tiny_llama), max_new_tokens=5, batch_tokens=77, **flags)
+    assert not asked and "already there" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"\(max_new_tokens was 5, is 6\); .*--overwrite"):
+        generate.main(str(tiny_llama), max_new_tokens=6, **flags)
+    generate.main(str(tiny_llama), max_new_tokens=6, overwrite=True, **flags)
+    assert len(asked) == 3 == len(read(output))
+    generate.settings_file(output).unlink()  # now it could be anyone's
+    with pytest.raises(InputError, match="not known to be made by this script"):
+        generate.main(str(tiny_llama), max_new_tokens=6, **flags)
+
+
+def test_partial_of_other_settings_is_an_error(tiny_llama, prompts, tmp_path):
+    output = tmp_path / "out.json"
+    generate.partial_file(output).write_text('{"seed": 5}\n{"index": 0, "output": "keep"}\n')
+    with pytest.raises(InputError, match=r"seed was 5, is 0"):
+        generate.main(str(tiny_llama), data_path=str(prompts), output_path=str(output))
+    assert "keep" in generate.partial_file(output).read_text()
+
+
+def test_kill_before_the_last_rename_loses_nothing(tiny_llama, prompts, tmp_path, monkeypatch):
+    """All responses finished, final file not written: no model is needed any more."""
+    output = tmp_path / "out.json"
+    flags = {"data_path": str(prompts), "output_path": str(output), "max_new_tokens": 3}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "write_json", stop)
+        generate.main(str(tiny_llama), **flags)
+    monkeypatch.setattr(generate, "load", stop)
+    generate.main(str(tiny_llama), **flags)
+    assert len(read(output)) == 12
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_weights_written_anew_are_another_model(tiny_llama, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    before = generate.fingerprint(tmp_path)
+    assert generate.fingerprint(tmp_path) == before
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    assert generate.fingerprint(tmp_path) != before
+
+
+def test_adapter_answers_and_output_goes_beside_it(tiny_llama, prompts, tmp_path):
+    torch.manual_seed(0)
+    model = add_lora(load_model(str(tiny_llama)), 4, 64, 0.0, ["up_proj", "down_proj"])
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    flags = {"data_path": str(prompts), "limit": 4, "max_new_tokens": 8}
+    generate.main(str(tiny_llama), output_path=str(tmp_path / "base.json"), **flags)
+    generate.main(str(tiny_llama), peft_model_path=str(tmp_path / "adapter"), **flags)
+    adapted = read(tmp_path / "adapter" / "alpaca_eval.json")
+    assert {record["generator"] for record in adapted} == {"adapter"}
+    assert [r["output"] for r in adapted] != [r["output"] for r in read(tmp_path / "base.json")]
+
+
+def test_chat_template_is_the_models_own(tiny_llama):
+    from lm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(InputError, match="has no chat template"):
+        generate.render(tokenizer, "chat", "hi")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!{{ 'Go:' if add_generation_prompt }}"
+    assert tokenizer.decode(generate.render(tokenizer, "chat", "hi")) == "hi!Go:"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"data_path": "none.json"}, r"none\.json: no such file"),
+    ({"template": "alpaka"}, "alpaka: unknown template"),
+    ({"data_path": "tatsu-lab/alpaca_eval"}, "cannot be fetched from the Hub .* --data_path"),
+    ({"limit": -1}, "--limit is -1"),
+    ({"temperature": -1.0}, "temperature is -1"),
+    ({"peft_model_path": "./none"}, "no such adapter"),
+])
+def test_bad_input_is_one_line(change, message, tiny_llama, prompts, tmp_path):
+    flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), **change}
+    with pytest.raises(InputError, match=message) as error:
+        generate.main(str(tiny_llama), **flags)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_wrong_field_is_named(tiny_llama, tmp_path):
+    write_json(tmp_path / "bad.json", [{"instruction": "a"}, {"instruction": 7}])
+    with pytest.raises(InputError, match=r"bad\.json: record 1: field 'instruction' is a number"):
+        generate.main(str(tiny_llama), data_path=str(tmp_path / "bad.json"))
