@@ -24,7 +24,7 @@ from transformers.integrations import integration_utils
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
 from cut.log_probs import check_head
-from cut.trainer import TOKENS_PER_FORWARD, CutSettings, CutTrainer
+from cut.trainer import TOKENS_PER_FORWARD, CutSettings, CutTrainer, NonFiniteLoss
 from lm import models, runs
 from lm.records import InputError, read_records
 from lm.templates import load_template
@@ -235,8 +235,12 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
 
 def train(settings: SimpleNamespace, trainer: CutTrainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
-    with _full_disk_in_one_line(settings.output_dir):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with _full_disk_in_one_line(settings.output_dir):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except NonFiniteLoss as error:  # any process may be the one that meets it: none is silent
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:

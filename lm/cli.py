@@ -24,6 +24,7 @@ def run(command: Callable) -> None:
     """Run `command` with the flags of this process's command line."""
     os.environ.setdefault("PAGER", "cat")  # --help prints and returns
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.stdout.reconfigure(errors="replace")  # any terminal can show any text
     # Remarks of libraries on each other, which nobody who reads a command's output can act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
@@ -41,6 +42,10 @@ def run(command: Callable) -> None:
         _stop(where + (error.strerror or str(error).strip()))
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", code=130)
+    except Exception as error:  # safetensors has a kind of its own for a full disk
+        if "No space left on device" not in str(error):
+            raise
+        _stop(str(error))
 
 
 def _stop(message: str, code: int = 2) -> None:

@@ -99,7 +99,7 @@ def _commas(response: str) -> list[str]:
 
 
 def _forbidden(response: str, forbidden_words: Sequence[str]) -> list[str]:
-    hits = {word: re.search(rf"(\w+\W+)?\b{word}\b", response, re.IGNORECASE)
+    hits = {word: re.search(rf"([\w'’]+\W+)?\b{word}\b", response, re.IGNORECASE)
             for word in forbidden_words}
     word, hit = next((word, hit) for word, hit in hits.items() if hit)
     return [f"The response uses the forbidden word \"{word}\" in {_quote(hit[0])}.",

@@ -90,7 +90,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield scratch
-        os.chmod(scratch, 0o755)
+        os.chmod(scratch, 0o755)  # mkdtemp and safetensors keep others out
+        for file in scratch.rglob("*"):
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)
         if path.exists():
             shutil.rmtree(path)
         os.replace(scratch, path)

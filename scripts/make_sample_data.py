@@ -6,8 +6,8 @@
    topic and no wording of a constraint
 2. responses: several a train prompt, sampled from the embedded model
 3. verdicts: IFEval's checkers decide, lm/judges.py says what is wrong
-4. choice: first paragraphs that are decent answers, good and bad ones of the same prompt where there are any, evenly
-   over the kinds
+4. choice: first paragraphs that are decent answers, evenly over the kinds, good and bad ones of
+   the same prompt where there are any
 5. a table: how often the base model satisfies each kind, and what was chosen
 
 Answers are kept in --work and not asked for again, so a stopped run continues. The same model,
@@ -28,10 +28,13 @@ from lm.cli import run
 from lm.judges import judge_by_rules, satisfied
 from lm.records import Record, read_records, write_text
 
-# A response that talks about the exercise, or in lists and markup, is not worth imitating.
-NOT_DECENT = re.compile(r"[\n#*`<>\[\]{}_|]|[^\x00-\x7f‘’“”–—]|\b(response|instruction|sentence|"
-                        r"prompt|answer|question|word|words|comma|commas|task|topic|example|text|"
-                        r"tip|title|note|AI|assistant)\b", re.IGNORECASE)
+# An answer about the exercise, in lists or in markup is not worth imitating.
+NOT_DECENT = re.compile(
+    r"[\n#*`<>\[\]{}_|]|[^\x00-\x7f‘’“”–—]|\b(answer|assist|assistant|commas?|describe|description|"
+    r"example|help you|instructions?|note|prompt|please|questions?|remark|requests?|response|"
+    r"sentences?|sure|task|text|tip|title|topic|welcome|words?)\b", re.IGNORECASE)
+
+COMMON = {"the", "good", "old", "new", "first", "long", "making", "learning", "keeping"}
 
 
 def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
@@ -180,11 +183,11 @@ def judge_pool(prompts: list[Record], sampled: list[list[dict]], settings: dict,
     pool = []
     for prompt, answers in zip(prompts, sampled, strict=True):
         topic = max((t for t in stems if t in prompt["instruction"]), key=len)
-        for answer in answers:
+        for number, answer in enumerate(answers):
             text = first_paragraph(answer["text"])
             ended = answer["whole"] or text != answer["text"].strip()
-            pool.append({**prompt, "output": text,
-                         "sample": answer["text"], "judgment": judge_by_rules(prompt, text, seed),
+            pool.append({**prompt, "id": f"{prompt['id']}-{number}", "output": text,
+                         "judgment": judge_by_rules(prompt, text, seed),
                          "sample_satisfies": all(satisfied(prompt["constraints"],
                                                            answer["text"])),
                          "decent": ended and is_decent(text, stems[topic])})
@@ -205,8 +208,9 @@ def is_decent(text: str, stems: set[str]) -> bool:
 
 
 def _stems(topic: str) -> set[str]:
-    return {word[:4] for word in re.findall(r"[a-z]+", topic.lower()) if len(word) > 2} - {
-        "the", "lear", "good", "old", "maki", "goin"}
+    """Beginnings of the words of a topic's line; an answer with none of them is off the topic."""
+    return {word[:4] for word in re.findall(r"[a-z]+", topic.lower())
+            if len(word) > 2 and word not in COMMON}
 
 
 def choose(pool: list[dict], per_kind: dict[str, int], seed: int) -> list[dict]:
@@ -216,7 +220,7 @@ def choose(pool: list[dict], per_kind: dict[str, int], seed: int) -> list[dict]:
     for entry in pool:
         if entry["decent"]:
             sign = "positive" if entry["judgment"] is None else "negative"
-            of_prompt = kinds[entry["constraints"][0]["kind"]][entry["id"]][sign]
+            of_prompt = kinds[entry["constraints"][0]["kind"]][entry["instruction"]][sign]
             if entry["output"] not in (other["output"] for other in of_prompt):
                 of_prompt.append(entry)
     chosen = []
@@ -224,7 +228,8 @@ def choose(pool: list[dict], per_kind: dict[str, int], seed: int) -> list[dict]:
         for sign, other in (("positive", "negative"), ("negative", "positive")):
             order = sorted(prompts.values(),
                            key=lambda answers: (not answers[other], draw.random()))
-            rounds = [answers[sign][turn] for turn in range(len(pool)) for answers in order
+            most = max(len(answers[sign]) for answers in order)
+            rounds = [answers[sign][turn] for turn in range(most) for answers in order
                       if turn < len(answers[sign])]
             chosen += rounds[:per_kind[sign]]
     draw.shuffle(chosen)

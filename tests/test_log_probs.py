@@ -3,6 +3,8 @@
     python -m pytest tests/test_log_probs.py
 """
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -152,6 +154,27 @@ def test_no_logits_of_a_whole_batch_are_made(prepare, monkeypatch):
         gradients(model, naive(model, *inputs))
     assert theirs.rows >= 2 * (30 - 1)
     assert ours.rows == HIDDEN  # the head's weight is [HIDDEN, VOCABULARY], a chunk is smaller
+
+
+@pytest.mark.parametrize("prepare", [with_lora, tiny])
+def test_no_logits_are_kept_for_the_backward_pass(prepare, monkeypatch):
+    """Small chunks would not help if each of them stayed until the backward pass."""
+    monkeypatch.setitem(log_probs.CHUNK, "cpu", 4)
+    model, seen = prepare("llama"), []
+
+    def note(tensor):
+        if tensor.shape[-1:] == (VOCABULARY,) and tensor.shape != (HIDDEN, VOCABULARY):
+            seen.append(weakref.ref(tensor))
+        return tensor
+
+    def kept(compute):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            values = compute(model, *batch())
+        assert values.requires_grad
+        return sum(reference() is not None for reference in seen)
+
+    assert kept(supervised_log_probs) == 0
+    assert kept(naive) > 0
 
 
 class LargestLogits(TorchDispatchMode):

@@ -56,7 +56,7 @@ def test_bad_content_is_one_line(content, message, suffix, tmp_path):
 
 @pytest.mark.parametrize("content", [
     b"\xff\xfe{", gzip.compress(b'{"a": 1}' * 99)[:-9], b"not gzip",
-    gzip.compress(bytes(range(256)) * 9)[:40] + b"\xff" * 200,
+    gzip.compress(b"")[:10] + b"\xff" * 50,
 ], ids=["not UTF-8", "cut short", "not gzip", "damaged"])
 def test_unreadable_bytes_are_one_line(content, tmp_path):
     path = tmp_path / ("my.json" if content.startswith(b"\xff") else "my.jsonl.gz")

@@ -28,6 +28,7 @@ def test_train_records_are_cut_records(splits):
     check_fields(splits["train"], "train.jsonl",
                  {"id": (str,), "instruction": (str,), "input": (str,), "output": (str,),
                   "judgment": (str, type(None)), "constraints": (list,)})
+    assert len({record["id"] for record in splits["train"]}) == len(splits["train"])
     for record in splits["train"]:
         assert record["instruction"].strip() and record["output"].strip()
         assert record["input"] == "" and record["judgment"] != ""
@@ -117,7 +118,7 @@ def test_decent_answers(text, decent):
 
 
 def entry(prompt, text, judgment, decent=True):
-    return {"id": prompt, "constraints": [{"kind": "k", "kwargs": {}}], "output": text,
+    return {"instruction": prompt, "constraints": [{"kind": "k", "kwargs": {}}], "output": text,
             "judgment": judgment, "decent": decent}
 
 

@@ -4,6 +4,7 @@
 """
 
 import doctest
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -202,7 +203,7 @@ def test_logs_say_what_the_loss_is_made_of(tiny_llama, tmp_path):
     alone = one_by_one(model, examples)
     pairs = [losses for losses, rows in zip(alone, examples, strict=True) if rows.misaligned]
     tokens = sum(losses.log_ratio.numel() for losses in pairs)
-    ratio = torch.tensor(sum(losses.log_ratio.sum() for losses in pairs) / tokens).exp().item()
+    ratio = math.exp(sum(float(losses.log_ratio.sum()) for losses in pairs) / tokens)
     flagged = sum(int(losses.inappropriate.sum()) for losses in pairs)
     entry, = steps(make_trainer(model, examples, tmp_path))
     assert 0 < flagged < tokens
@@ -319,6 +320,11 @@ def test_an_epoch_is_a_shuffle_padded_to_whole_micro_batches(grouped):
     assert list(again) == orders[2]
     assert list(sampler(seed=1, group_by_length=grouped)) != orders[0]
     assert PADDING not in list(sampler(count=32, group_by_length=grouped))
+
+
+def test_trainer_orders_as_it_is_told(tiny_llama, tmp_path):
+    trainer = make_trainer(with_lora(tiny_llama), random_rows(30), tmp_path, group_by_length=True)
+    assert list(trainer._get_train_sampler()) == list(sampler(seed=3, group_by_length=True))
 
 
 def test_grouping_puts_similar_lengths_together():
