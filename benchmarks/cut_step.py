@@ -181,9 +181,8 @@ def measure(side: str, base_model: str, examples: Sequence["Example"],
     matmul_peak = measure_matmul_peak()
     model, tokenizer = load(base_model, lora_dropout)
     with TemporaryDirectory() as folder:
-        arguments = training_arguments(folder, len(examples))
-        make = our_trainer if side == "ours" else original_trainer
-        trainer, tokens, supervised = make(model, tokenizer, examples, arguments)
+        trainer, tokens, supervised = trainer_of(side, model, tokenizer, examples,
+                                                 training_arguments(folder, len(examples)))
         watch = watch_of(model)
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
@@ -226,45 +225,31 @@ def training_arguments(folder: str, records: int):
         disable_tqdm=True)
 
 
-def our_trainer(model, tokenizer, examples: Sequence["Example"],
-                arguments) -> tuple["Trainer", int, int]:
-    """The trainer of `finetune_unlikelihood.py`; its tokens, and how many are supervised."""
+def trainer_of(side: str, model, tokenizer, examples: Sequence["Example"],
+               arguments) -> tuple["Trainer", int, int]:
+    """A side's trainer, in the order of the file; its tokens, and how many are supervised."""
     from torch.utils.data import SequentialSampler
+    from transformers import Trainer
 
     from cut.data import rows_of
     from cut.trainer import CutTrainer
 
-    class InFileOrder(CutTrainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SequentialSampler(self.train_dataset)
-
     template = load_template("alpaca")
-    data = [rows_of(example, template, tokenizer, CUTOFF_LEN) for example in examples]
-    rows = [row for both in data for row in (both.aligned, both.misaligned) if row]
-    trainer = InFileOrder(model, arguments, train_dataset=data, settings=settings(), pad_id=0)
-    return trainer, sum(len(row.ids) for row in rows), sum(row.supervised for row in rows)
-
-
-def original_trainer(model, tokenizer, examples: Sequence["Example"],
-                     arguments) -> tuple["Trainer", int, int]:
-    """The same for the original."""
-    from torch.utils.data import SequentialSampler
-    from transformers import Trainer
-
-    class InFileOrder(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return original_loss(model, inputs)
-
-    template = load_template("alpaca")
-    data = [original_rows(example, template, tokenizer) for example in examples]
-    rows = [row for both in data for row in both if row]
-    trainer = InFileOrder(model, arguments, train_dataset=data, data_collator=original_collate)
-    trainer.model_accepts_loss_kwargs = False  # the step's loss is the mean of its micro-batches
-    return (trainer, sum(len(ids) for ids, _ in rows),
-            sum(label != -100 for _, labels in rows for label in labels))
+    if side == "ours":
+        data = [rows_of(example, template, tokenizer, CUTOFF_LEN) for example in examples]
+        lengths = [(len(row.ids), row.supervised) for both in data
+                   for row in (both.aligned, both.misaligned) if row]
+        trainer = CutTrainer(model, arguments, train_dataset=data, settings=settings(), pad_id=0)
+    else:
+        data = [original_rows(example, template, tokenizer) for example in examples]
+        lengths = [(len(ids), sum(label != -100 for label in labels)) for both in data
+                   for ids, labels in filter(None, both)]
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=original_collate)
+        trainer.compute_loss = lambda model, batch, **_: original_loss(model, batch)
+        trainer.model_accepts_loss_kwargs = False  # a step's loss: the mean of its micro-batches
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    tokens, supervised = map(sum, zip(*lengths, strict=True))
+    return trainer, tokens, supervised
 
 
 def watch_of(model):

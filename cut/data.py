@@ -138,8 +138,8 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
             train_on_inputs: bool = False) -> Rows:
     """Tokenize an example's rows; a pair's two rows end in the same response ids.
 
-    A row longer than `cutoff_len` loses the start of its instruction and judgment first (the
-    template's own text stays), down to a quarter of `cutoff_len`, then the response's start.
+    A row longer than `cutoff_len` loses the start of its instruction first, then of its judgment
+    (the template's own text stays), down to a quarter of `cutoff_len`, then the response's start.
     """
     judgments = [None] if example.judgment is None else [example.judgment, None]
     prompts = [_Prompt.of(example.instruction, judgment, template, tokenizer)
@@ -147,12 +147,13 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
     response = response_ids(tokenizer, example.response)
     room = min(cutoff_len - prompt.least(cutoff_len) for prompt in prompts)
     if room < 1:
-        frame = max(prompt.head + prompt.tail for prompt in prompts)
+        frame = max(prompt.frame for prompt in prompts)
         raise InputError(f"--cutoff_len {cutoff_len} leaves no room for a response: template "
-                         f"'{template.name}' alone has {frame} tokens; raise it")
+                         f"'{template.name}' alone has {frame} tokens, and a quarter is kept for "
+                         "instruction and judgment; raise it")
     kept = response[-room:]
     fitted = [prompt.fit(cutoff_len - len(kept)) for prompt in prompts]
-    lost = sum(len(p.ids) - len(f) for p, f in zip(prompts, fitted, strict=True))
+    lost = sum(len(p) - len(f) for p, f in zip(prompts, fitted, strict=True))
     if not all(fitted):
         raise InputError(f"{example.record}: its prompt has no tokens for the response to follow; "
                          f"give template '{template.name}' some text, or raise --cutoff_len")
@@ -204,29 +205,46 @@ def within_budget(examples: Sequence[Rows], tokens: int) -> list[list[Rows]]:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt's ids; its first `head` and last `tail` are the template's and are kept."""
+    """A prompt's ids in pieces: the template's own text and a field in turn."""
 
-    ids: list[int]
-    head: int
-    tail: int
+    pieces: list[list[int]]
 
     @classmethod
     def of(cls, instruction: str, judgment: str | None, template: Template, tokenizer):
-        before, after = template.frame(judgment is not None)
-        ids = prompt_ids(tokenizer, template.render(instruction, judgment))
-        after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        head = _common_prefix(ids, prompt_ids(tokenizer, before))
-        tail = _common_prefix(ids[:head - 1:-1] if head else ids[::-1], after_ids[::-1])
-        return cls(ids, head, tail)
+        """Tokenize the whole prompt, then find from the end which ids spell which piece."""
+        texts = template.pieces(instruction, judgment)
+        left = prompt_ids(tokenizer, "".join(texts))
+        pieces = []
+        for place in range(len(texts) - 1, 0, -1):
+            known = sum(map(len, pieces))
+            after = tokenizer("".join(texts[place:]), add_special_tokens=False)["input_ids"]
+            whole = left + [token for piece in pieces for token in piece]
+            size = max(_common_prefix(whole[::-1], after[::-1]) - known, 0)
+            pieces.insert(0, left[len(left) - size:])
+            left = left[:len(left) - size]
+        return cls([left, *pieces])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+    @property
+    def frame(self) -> int:
+        """Tokens of the template's own text, special tokens included."""
+        return sum(map(len, self.pieces[::2]))
 
     def least(self, cutoff_len: int) -> int:
         """Tokens that a response may not take away."""
-        return min(len(self.ids), self.head + self.tail + cutoff_len // 4)
+        return min(len(self), self.frame + cutoff_len // 4)
 
     def fit(self, room: int) -> list[int]:
-        """At most `room` ids: what follows the head loses its start."""
-        lost = max(0, len(self.ids) - room)
-        return self.ids[:self.head] + self.ids[self.head + lost:]
+        """At most `room` ids: the instruction loses its start, then the judgment."""
+        lost = max(0, len(self) - room)
+        ids = []
+        for place, piece in enumerate(self.pieces):
+            here = min(lost, len(piece)) if place % 2 else 0
+            ids += piece[here:]
+            lost -= here
+        return ids
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

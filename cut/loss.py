@@ -69,9 +69,7 @@ def cut_loss(
         aligned.detach().exp() > threshold * misaligned.detach().exp())
 
     weight = weight_unlike * (gamma * aligned.detach()).exp()
-    # where() keeps log(1 - p) away from tokens outside U, whose p may be 1 (a NaN gradient)
-    unlikelihood = weight * log1mexp(torch.where(inappropriate, misaligned, -1.0))
-    per_token = torch.where(inappropriate, unlikelihood, misaligned)
+    per_token = torch.where(inappropriate, weight * log1mexp(misaligned), misaligned)
 
     mle = -masked_mean(aligned, mle_mask)
     contrast = -masked_mean(per_token, contrasted)

@@ -93,9 +93,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         os.chmod(scratch, 0o755)  # mkdtemp and safetensors keep others out
         for file in scratch.rglob("*"):
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(scratch, path)
+        if path.exists():  # never a moment in which neither the old nor the new one is there whole
+            old = scratch.with_name(f"{scratch.name}.old")
+            os.replace(path, old)
+            os.replace(scratch, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

@@ -34,15 +34,14 @@ class Template:
 
     def render(self, instruction: str, judgment: str | None = None) -> str:
         """The prompt for an instruction, with the judgment if there is one; braces are safe."""
+        return "".join(self.pieces(instruction, judgment))
+
+    def pieces(self, instruction: str, judgment: str | None = None) -> list[str]:
+        """The prompt in pieces: own text and a field in turn, own text first and last."""
         text = self.prompt if judgment is None else self.prompt_with_judgment
         fields = {"instruction": instruction, "judgment": judgment}
-        return FIELD.sub(lambda match: fields[match[1]], text)
-
-    def frame(self, with_judgment: bool) -> tuple[str, str]:
-        """The texts before the first field and after the last one."""
-        text = self.prompt_with_judgment if with_judgment else self.prompt
-        fields = list(FIELD.finditer(text))
-        return text[:fields[0].start()], text[fields[-1].end():]
+        return [piece if place % 2 == 0 else fields[piece]
+                for place, piece in enumerate(FIELD.split(text))]
 
 
 def load_template(name: str) -> Template:

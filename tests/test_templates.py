@@ -128,10 +128,10 @@ def test_fields_inside_texts_are_left_alone():
     assert template.render("x", "") == "I: x J: "  # an empty judgment is one
 
 
-def test_frame_is_what_stands_around_the_fields():
+def test_pieces_are_own_text_and_fields_in_turn():
     template = Template("t", "Do: {instruction}!\n", "{judgment} on {instruction}: ")
-    assert template.frame(False) == ("Do: ", "!\n")
-    assert template.frame(True) == ("", ": ")
+    assert template.pieces("x") == ["Do: ", "x", "!\n"]
+    assert template.pieces("x", "{instruction}") == ["", "{instruction}", " on ", "x", ": "]
 
 
 @pytest.mark.parametrize(("content", "message"), [
