@@ -339,5 +339,5 @@ def test_a_long_judgment_keeps_the_marker_that_names_it(tokenizer):
     template = load_template("alpaca")
     example = Example("r", "Sing. " * 40, "La la.", "Too long. " * 60 + "The end.")
     text = tokenizer.decode(rows_of(example, template, tokenizer, 300).aligned.ids)
-    text = text.replace(" ", "").replace("##", "").lower()  # word pieces
-    assert "judgment:" in text and "theend." in text and "sing." not in text
+    text = text.replace(" ", "").replace("#", "").lower()  # word pieces
+    assert "ment:" in text and "theend." in text and "sing." not in text
