@@ -337,7 +337,7 @@ def test_groups_hold_at_most_the_budget_or_one_example(sizes, groups):
 def test_a_long_judgment_keeps_the_marker_that_names_it(tokenizer):
     """Cut from within: the instruction goes first, then the judgment's start, never the frame."""
     template = load_template("alpaca")
-    example = Example("r", "Sing. " * 40, "La la.", "Too long. " * 60 + "The end.")
+    example = Example("r", "Sing. " * 40, "La la.", "Too long. " * 150 + "The end.")
     text = tokenizer.decode(rows_of(example, template, tokenizer, 300).aligned.ids)
     text = text.replace(" ", "").replace("#", "").lower()  # word pieces
     assert "ment:" in text and "theend." in text and "sing." not in text
