@@ -265,7 +265,7 @@ def report(pool: list[dict], chosen: list[dict], prompts: dict, greedy: dict,
                 rows[kind][split] += judge_by_rules(prompt, answer["text"]) is None
     print(f"{'kind':34}{'base, samples':>14}{'decent':>9}{'positives':>11}{'negatives':>11}"
           f"{'base, greedy: validation':>26}{'heldout':>12}")
-    for kind, row in rows.items():
+    for kind, row in sorted(rows.items(), key=lambda item: item[0] == "all"):  # `all` comes last
         print(f"{kind:34}{_share(row['satisfied'], row['samples']):>14}"
               f"{_share(row['decent'], row['samples']):>9}{row['positive']:11}{row['negative']:11}"
               f"{_share(row['validation'], row['validation prompts']):>26}"
