@@ -111,14 +111,14 @@ def main(
         visualize: Show token by token what the judgments of so many records flag, then stop.
     """
     flags = dict(locals())  # first of all: the signature is the configuration
-    from cut import finetune
+    from cut import finetune, preview
 
     settings = finetune.check(flags)
     data = finetune.load_data(settings)
     if dry_run:
-        return finetune.preview(settings, data)
+        return preview.preview(settings, data)
     if visualize:
-        return finetune.visualize(settings, data)
+        return preview.visualize(settings, data)
     checkpoint = finetune.open_run(settings, FREE_SETTINGS)
     arguments = finetune.training_arguments(settings)  # before the model: ZeRO-3 wants to know
     model = finetune.load_model(settings)

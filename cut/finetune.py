@@ -24,7 +24,7 @@ from transformers.integrations import integration_utils
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
 from cut.log_probs import check_head
-from cut.trainer import TOKENS_PER_FORWARD, CutSettings, CutTrainer, NonFiniteLoss
+from cut.trainer import CutSettings, CutTrainer, NonFiniteLoss
 from lm import models, runs
 from lm.records import InputError, read_records
 from lm.templates import load_template
@@ -36,7 +36,6 @@ DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What safetensors and torch say then; torch notices by the position in the file
 DISK_TEXTS = re.compile(r"os error|No space left|unexpected pos|PytorchStreamWriter")
 DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
-SHOWN_EXAMPLES = 3  # by --dry_run: the first Align-P and pairs
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
     if not (arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         check_head(model, data.train[0].aligned.ids[:32])
     if is_main():
-        print(_schedule(settings, len(data.train)))
+        print(schedule(settings, len(data.train)))
     return CutTrainer(
         model=model, args=arguments, train_dataset=data.train,
         eval_dataset=data.validation or None, processing_class=data.tokenizer,
@@ -258,77 +257,19 @@ def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
     PartialState().wait_for_everyone()
 
 
-def preview(settings: SimpleNamespace, data: Data) -> None:
-    """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
-    if not is_main():
-        return
-    kinds = [next((i for i, rows in enumerate(data.train) if bool(rows.misaligned) == pair), None)
-             for pair in (True, False)]
-    for index in (i for i in kinds if i is not None):
-        rows = data.train[index]
-        for name, row in (("Align-N" if rows.misaligned else "Align-P", rows.aligned),
-                          ("Misalign", rows.misaligned)):
-            if row:
-                print(f"\n--- {name}, {rows.record}: {len(row.ids)} tokens, the last "
-                      f"{row.supervised} supervised (after the mark)")
-                print(data.tokenizer.decode(row.ids[:-row.supervised]) + "▮"
-                      + data.tokenizer.decode(row.ids[-row.supervised:]))
-    total = sum(rows.tokens for rows in data.train)
-    count = sum(2 if rows.misaligned else 1 for rows in data.train)
-    print(f"\nrows: {count} of {len(data.train)} examples, {total} tokens, the longest example "
-          f"{max(rows.tokens for rows in data.train)}; validation: {len(data.validation)} examples")
-    print(_schedule(settings, len(data.train)))
-    print(memory_estimate(settings, data))
-
-
-def visualize(settings: SimpleNamespace, data: Data) -> None:
-    """`--visualize K`: what the judgments of the first K negative records flag."""
-    from cut.heatmap import show
-
-    if not is_main():
-        return
-    model = models.load_model(settings.base_model, settings.load_in, settings.attn_implementation)
-    pairs = [(example, rows) for example, rows in zip(data.examples, data.train, strict=True)
-             if rows.misaligned][:settings.visualize]
-    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-    show(model, data.tokenizer, [pair[0] for pair in pairs], [pair[1] for pair in pairs],
-         cut_settings(settings), Path(settings.output_dir) / "judgments.html")
-
-
-def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
-    """Weights, what is trained, and activations of the largest forward pass, as one line."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    on_gpu = torch.cuda.is_available()
-    load_in = settings.load_in
-    if load_in == "auto":
-        load_in = "fp32" if settings.full_finetune or not on_gpu else "8bit"
-    config = AutoConfig.from_pretrained(models.resolve_model(settings.base_model))
-    stored = config.dtype.itemsize if config.dtype else 4
-    weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4,
-                    "checkpoint": stored}[load_in]
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-        if not settings.full_finetune:
-            model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
-                                    settings.lora_dropout, settings.lora_target_modules)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    text = config.get_text_config()
-    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    # Tensors that one layer keeps for its backward pass, per token: counted for a Llama with LoRA
-    # on its three MLP projections, right to a fifth for SmolLM2-135M.
-    kept = (1 if settings.gradient_checkpointing else 10) * text.hidden_size
-    kept += 0 if settings.gradient_checkpointing else 8 * width
-    budget = TOKENS_PER_FORWARD["cuda" if on_gpu else "cpu"]
-    tokens = max(max(rows.tokens for rows in data.train),
-                 min(budget, settings.micro_batch_size * max(r.tokens for r in data.train)))
-    parts = {"weights": model.num_parameters() * weight_bytes,
-             "gradients and optimizer": trained * 12,
-             "activations": tokens * text.num_hidden_layers * kept * (2 if on_gpu else 4)}
-    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    return (f"memory, an estimate: {sum(parts.values()) / 2**30:.1f} GiB a process ({listed}; "
-            f"largest forward pass {tokens} tokens)")
+def schedule(settings: SimpleNamespace, count: int) -> str:
+    """Steps and the learning rate that they reach."""
+    steps = settings.max_steps
+    if settings.debug:
+        steps = DEBUG_STEPS
+    if steps < 0:
+        steps = math.ceil(math.ceil(count / settings.batch_size) * settings.num_epochs)
+    line = f"steps: {steps}, {settings.batch_size} examples each; "
+    if steps <= settings.warmup_steps:
+        reached = settings.learning_rate * (steps - 1) / settings.warmup_steps
+        return line + (f"fewer than warmup_steps {settings.warmup_steps}, so the learning rate "
+                       f"climbs to {reached:.3g} and never falls")
+    return line + f"learning rate peaks at {settings.learning_rate:.3g}"
 
 
 def cut_settings(settings: SimpleNamespace) -> CutSettings:
@@ -401,18 +342,3 @@ def _held_out(count: int, size: float) -> set[int]:
     if wanted >= count:
         raise InputError(f"--val_set_size {size} leaves nothing of {count} examples to train on")
     return set(random.Random(42).sample(range(count), wanted))
-
-
-def _schedule(settings: SimpleNamespace, count: int) -> str:
-    """Steps and the learning rate that they reach."""
-    steps = settings.max_steps
-    if settings.debug:
-        steps = DEBUG_STEPS
-    if steps < 0:
-        steps = math.ceil(math.ceil(count / settings.batch_size) * settings.num_epochs)
-    line = f"steps: {steps}, {settings.batch_size} examples each; "
-    if steps <= settings.warmup_steps:
-        reached = settings.learning_rate * (steps - 1) / settings.warmup_steps
-        return line + (f"fewer than warmup_steps {settings.warmup_steps}, so the learning rate "
-                       f"climbs to {reached:.3g} and never falls")
-    return line + f"learning rate peaks at {settings.learning_rate:.3g}"

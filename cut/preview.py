@@ -1,0 +1,86 @@
+"""What people look at before they train: `--dry_run` and `--visualize`."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cut.data import Rows
+from cut.finetune import Data, cut_settings, is_main, schedule
+from cut.heatmap import show
+from cut.trainer import TOKENS_PER_FORWARD
+from lm import models
+
+
+def preview(settings: SimpleNamespace, data: Data) -> None:
+    """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
+    if not is_main():
+        return
+    for pair in (True, False):
+        first = next((rows for rows in data.train if bool(rows.misaligned) == pair), None)
+        if first:
+            print_rows(first, data.tokenizer)
+    tokens = [rows.tokens for rows in data.train]
+    rows = len(data.train) + sum(rows.misaligned is not None for rows in data.train)
+    print(f"\nrows: {rows} of {len(data.train)} examples, {sum(tokens)} tokens, the longest "
+          f"example {max(tokens)}; validation: {len(data.validation)} examples")
+    print(schedule(settings, len(data.train)))
+    print(memory_estimate(settings, data))
+
+
+def print_rows(rows: Rows, tokenizer) -> None:
+    """An example's rows as the model sees them, with a mark where supervision begins."""
+    for name, row in (("Align-N" if rows.misaligned else "Align-P", rows.aligned),
+                      ("Misalign", rows.misaligned)):
+        if row:
+            print(f"\n--- {name}, {rows.record}: {len(row.ids)} tokens, the last "
+                  f"{row.supervised} supervised (after the mark)")
+            print(tokenizer.decode(row.ids[:-row.supervised]) + "▮"
+                  + tokenizer.decode(row.ids[-row.supervised:]))
+
+
+def visualize(settings: SimpleNamespace, data: Data) -> None:
+    """`--visualize K`: what the judgments of the first K negative records flag."""
+    if not is_main():
+        return
+    model = models.load_model(settings.base_model, settings.load_in, settings.attn_implementation)
+    pairs = [(example, rows) for example, rows in zip(data.examples, data.train, strict=True)
+             if rows.misaligned][:settings.visualize]
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    show(model, data.tokenizer, [pair[0] for pair in pairs], [pair[1] for pair in pairs],
+         cut_settings(settings), Path(settings.output_dir) / "judgments.html")
+
+
+def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
+    """Weights, what is trained, and activations of the largest forward pass, as one line."""
+    on_gpu = torch.cuda.is_available()
+    load_in = settings.load_in
+    if load_in == "auto":
+        load_in = "fp32" if settings.full_finetune or not on_gpu else "8bit"
+    config = AutoConfig.from_pretrained(models.resolve_model(settings.base_model))
+    stored = config.dtype.itemsize if config.dtype else 4
+    weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4,
+                    "checkpoint": stored}[load_in]
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+        if not settings.full_finetune:
+            model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
+                                    settings.lora_dropout, settings.lora_target_modules)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = config.get_text_config()
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    # Tensors that one layer keeps for its backward pass, per token: counted for a Llama with LoRA
+    # on its three MLP projections, right to a fifth for SmolLM2-135M.
+    kept = (1 if settings.gradient_checkpointing else 10) * text.hidden_size
+    kept += 0 if settings.gradient_checkpointing else 8 * width
+    budget = TOKENS_PER_FORWARD["cuda" if on_gpu else "cpu"]
+    tokens = max(max(rows.tokens for rows in data.train),
+                 min(budget, settings.micro_batch_size * max(r.tokens for r in data.train)))
+    parts = {"weights": model.num_parameters() * weight_bytes,
+             "gradients and optimizer": trained * 12,
+             "activations": tokens * text.num_hidden_layers * kept * (2 if on_gpu else 4)}
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return (f"memory, an estimate: {sum(parts.values()) / 2**30:.1f} GiB a process ({listed}; "
+            f"largest forward pass {tokens} tokens)")
