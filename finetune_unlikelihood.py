@@ -55,6 +55,7 @@ def main(
     full_finetune: bool = False,
     attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
     seed: int = 42,
     max_steps: int = -1,
     logging_steps: int = 10,
@@ -102,6 +103,7 @@ def main(
         full_finetune: Train every weight instead of LoRA.
         attn_implementation: sdpa, eager, flash_attention_2, ...; auto takes the fastest there is.
         gradient_checkpointing: Recompute activations: less memory, a third more time.
+        torch_compile: Compile the transformer's blocks (minutes at the start; for long GPU runs).
         seed: Of the shuffle, the LoRA weights and dropout.
         max_steps: Stop after so many steps; -1 follows num_epochs.
         logging_steps: Steps between two lines of the log.

@@ -212,10 +212,19 @@ def load_model(settings: SimpleNamespace):
         model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
                                 settings.lora_dropout, settings.lora_target_modules,
                                 settings.gradient_checkpointing)
+    if settings.torch_compile:
+        compile_blocks(model)
     if is_main():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"model: {settings.base_model}, {trained / 1e6:.2f} M parameters trained")
     return model
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """torch.compile of the transformer's blocks, one by one: the first compilation serves all."""
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for block in max(lists, key=len):
+        block.compile(dynamic=True)
 
 
 def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
