@@ -138,8 +138,7 @@ def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
         sys.exit(0)
     if is_main():
         if resume is False:
-            for old in Path(output_dir).glob("checkpoint-*"):
-                shutil.rmtree(old)
+            _remove_results(Path(output_dir))
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         runs.write_run(output_dir, run)
     state.wait_for_everyone()
@@ -257,6 +256,8 @@ def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
         trainer.save_model(settings.output_dir)
         trainer.save_state()
     if is_main():
+        for weights in Path(settings.output_dir).glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors keeps others out
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.write_run(settings.output_dir, settings.run, status="finished",
                        counts=vars(data.counts), steps=trainer.state.global_step,
@@ -320,6 +321,15 @@ def _full_disk_in_one_line(output_dir: str) -> Iterator[None]:
             raise
         raise InputError(f"{output_dir}: cannot write ({models.first_line(error)}); free some "
                          "space there, and the same command continues") from error
+
+
+def _remove_results(folder: Path) -> None:
+    """Weights of a run that is started over; an old adapter beside a new model would be loaded."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for pattern in ("adapter_*", "model*.safetensors*"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def _keep_gradients(model) -> None:

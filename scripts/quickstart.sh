@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CUT on a laptop: two CPU cores, 4 GB of memory, about 6 minutes after the installs.
+# CUT on a laptop: two CPU cores, 4 GB of memory, about 5 minutes after the installs.
 #
 #   bash scripts/quickstart.sh
 #
@@ -16,8 +16,8 @@ SEED=${SEED:-42}
 PROMPTS=${PROMPTS:-data/sample/heldout.jsonl}
 SECONDS=0
 
-# Finished outputs are tried on prompts that no choice was ever made on: lr, lambda, alpha and the
-# share of positives were chosen on data/sample/validation.jsonl (docs: data/sample/README.md).
+# PROMPTS were never used to choose anything; the settings of step 3 were chosen on
+# data/sample/validation.jsonl (see data/sample/README.md).
 answer() { # MODEL NAME
     python scripts/generate.py --base_model_name_or_path "$1" --generator "$2" \
         --data_path "$PROMPTS" --output_path "$OUT/$2.json" --max_new_tokens 64
@@ -32,7 +32,7 @@ answer "$MODEL" base
 echo "== 3/6 CUT"
 python finetune_unlikelihood.py --base_model "$MODEL" --data_path data/sample/train.jsonl \
     --output_dir "$OUT/adapter" --batch_size 8 --micro_batch_size 8 --num_epochs 1 \
-    --learning_rate 1e-3 --warmup_steps 5 --threshold 1.1 --weight_unlike 0.5 \
+    --learning_rate 2e-3 --warmup_steps 3 --threshold 1.1 --weight_unlike 0.25 \
     --logging_steps 1 --save_steps 10 --seed "$SEED"
 
 echo "== 4/6 merging the adapter into the model"
