@@ -72,9 +72,19 @@ class Rows:
     weight: float = 1.0  # 0 for the padding examples that make batches even across processes
 
     @property
+    def rows(self) -> list[Row]:
+        """The one or two rows."""
+        return [self.aligned, self.misaligned] if self.misaligned else [self.aligned]
+
+    @property
     def tokens(self) -> int:
-        """Tokens to run, which is what an example costs."""
-        return len(self.aligned.ids) + (len(self.misaligned.ids) if self.misaligned else 0)
+        """Tokens of the rows together."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longer row."""
+        return max(len(row.ids) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class Batch:
     """B examples as R rows, B aligned ones and then the Misalign rows of the pairs, in order."""
 
     input_ids: Tensor  # [R, T], right-padded
-    attention_mask: Tensor  # [R, T]
     loss_mask: Tensor  # bool [R, T]
+    lengths: Tensor  # [R]: tokens of each row
     negative: Tensor  # bool [B]: which examples are pairs
     response: Tensor  # [B]: response tokens of each example
     weight: Tensor  # [B]
@@ -181,8 +191,8 @@ def collate(examples: Sequence[Rows], pad_id: int) -> Batch:
     width = max(len(row.ids) for row in rows)
     return Batch(
         input_ids=torch.tensor([_pad(row.ids, width, pad_id) for row in rows]),
-        attention_mask=torch.tensor([_pad([1] * len(row.ids), width, 0) for row in rows]),
         loss_mask=torch.tensor([_pad(row.loss_mask, width, False) for row in rows]),
+        lengths=torch.tensor([len(row.ids) for row in rows]),
         negative=torch.tensor([e.misaligned is not None for e in examples]),
         response=torch.tensor([e.response for e in examples]),
         weight=torch.tensor([e.weight for e in examples]),
@@ -191,15 +201,18 @@ def collate(examples: Sequence[Rows], pad_id: int) -> Batch:
 
 
 def within_budget(examples: Sequence[Rows], tokens: int) -> list[list[Rows]]:
-    """Split examples into groups of at most `tokens` tokens each, one example at least."""
+    """Groups that take at most `tokens` tokens, padding included, or hold one example.
+
+    Examples of like length come together, the longest first: if memory is short, it shows at once.
+    """
     groups: list[list[Rows]] = []
-    left = 0
-    for example in examples:
-        if not groups or example.tokens > left:
+    used = 0  # rows in the last group
+    for example in sorted(examples, key=lambda example: example.width, reverse=True):
+        used += len(example.rows)
+        if not groups or used * groups[-1][0].width > tokens:
             groups.append([])
-            left = tokens
+            used = len(example.rows)
         groups[-1].append(example)
-        left -= example.tokens
     return groups
 
 

@@ -75,7 +75,7 @@ def token_ratios(model, tokenizer, rows: Rows, settings: CutSettings) -> TokenRa
     batch = collate([rows], pad_id=0).to(model.device)
     training = model.training
     model.eval()
-    flat = supervised_log_probs(model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+    flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
     model.train(training)
     # The aligned row comes first; it may be supervised from its prompt on (train_on_inputs).
     judged = flat[:rows.aligned.supervised][-rows.response:].cpu()

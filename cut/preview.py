@@ -23,7 +23,7 @@ def preview(settings: SimpleNamespace, data: Data) -> None:
         if first:
             print_rows(first, data.tokenizer)
     tokens = [rows.tokens for rows in data.train]
-    rows = len(data.train) + sum(rows.misaligned is not None for rows in data.train)
+    rows = sum(len(example.rows) for example in data.train)
     print(f"\nrows: {rows} of {len(data.train)} examples, {sum(tokens)} tokens, the longest "
           f"example {max(tokens)}; validation: {len(data.validation)} examples")
     print(schedule(settings, len(data.train)))

@@ -176,7 +176,7 @@ class Statistics:
         pairs = weight * batch.negative
         self.sums += torch.stack([
             weight.sum(), pairs.sum(), (losses.mle.detach() * weight).sum(),
-            (losses.contrast.detach() * pairs).sum(), batch.attention_mask.sum().double(),
+            (losses.contrast.detach() * pairs).sum(), batch.lengths.sum().double(),
             (batch.response * pairs).sum(), (losses.inappropriate.sum(-1) * pairs).sum(),
             (losses.log_ratio.sum(-1) * pairs).sum()])
 
@@ -210,7 +210,7 @@ class FiniteGradients(TrainerCallback):
 
 def cut_losses(model, batch: Batch, settings: CutSettings) -> CutLoss:
     """Run the model once over a batch's rows and compare them token by token."""
-    flat = supervised_log_probs(model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+    flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
     rows, supervised = align_right(flat, batch.loss_mask.sum(-1))
     examples, tokens = len(batch.negative), rows.shape[1]
     aligned = rows[:examples]
