@@ -71,7 +71,8 @@ def main(
         data_path: Records in a .json, .jsonl or .gz file, or a Hub dataset. Required.
         output_dir: Where the adapter, tokenizer, run.json and checkpoints go. Required.
         batch_size: Examples in an optimizer step, over all processes.
-        micro_batch_size: Examples that a process takes at a time; changes no result.
+        micro_batch_size: Examples that a process takes at a time; changes no result but the
+            draw of the dropout.
         num_epochs: Passes over the data.
         learning_rate: Peak of the schedule (it is reached after warmup_steps).
         cutoff_len: Longest row in tokens; longer ones lose the start of their instruction.

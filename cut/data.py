@@ -162,7 +162,11 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
                          f"'{template.name}' alone has {frame} tokens, and a quarter is kept for "
                          "instruction and judgment; raise it")
     kept = response[-room:]
-    fitted = [prompt.fit(cutoff_len - len(kept)) for prompt in prompts]
+    excess = [max(0, len(prompt) + len(kept) - cutoff_len) for prompt in prompts]
+    # Both rows of a pair lose the same part of the instruction: only the judgment tells them apart
+    instruction = min(max(excess), len(prompts[0].pieces[1]))
+    fitted = [prompt.without(max(lost, instruction))
+              for prompt, lost in zip(prompts, excess, strict=True)]
     lost = sum(len(p) - len(f) for p, f in zip(prompts, fitted, strict=True))
     if not all(fitted):
         raise InputError(f"{example.record}: its prompt has no tokens for the response to follow; "
@@ -249,9 +253,8 @@ class _Prompt:
         """Tokens that a response may not take away."""
         return min(len(self), self.frame + cutoff_len // 4)
 
-    def fit(self, room: int) -> list[int]:
-        """At most `room` ids: the instruction loses its start, then the judgment."""
-        lost = max(0, len(self) - room)
+    def without(self, lost: int) -> list[int]:
+        """All but `lost` ids: the instruction loses its start, then the judgment."""
         ids = []
         for place, piece in enumerate(self.pieces):
             here = min(lost, len(piece)) if place % 2 else 0

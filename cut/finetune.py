@@ -64,9 +64,13 @@ def check(flags: dict) -> SimpleNamespace:
     if settings.load_in not in models.PRECISIONS:
         raise InputError(f"--load_in is {settings.load_in!r}; expected one of "
                          f"{', '.join(models.PRECISIONS)}")
-    if settings.full_finetune and settings.load_in in ("8bit", "4bit"):
+    if settings.full_finetune and settings.load_in not in ("auto", "bf16", "fp32"):
         raise InputError(f"--full_finetune cannot train --load_in {settings.load_in} weights; "
                          "use bf16 or fp32")
+    quantized = settings.load_in in ("8bit", "4bit") or (
+        settings.load_in == "auto" and torch.cuda.is_available() and not settings.full_finetune)
+    if quantized and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError("FSDP cannot shard 8-bit and 4-bit weights; add --load_in bf16")
     if settings.as_in_paper and not settings.gamma:
         settings.gamma = 1.0
     if settings.wandb_project and settings.report_to == "none":
@@ -157,7 +161,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     validate = bool(settings.val_set_size)
     half = on_gpu and (settings.load_in != "fp32" or settings.full_finetune)
-    bf16 = half and torch.cuda.is_bf16_supported()
+    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
     options = dict(
         output_dir=settings.output_dir,
         per_device_train_batch_size=settings.micro_batch_size,

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lm.records import InputError
+
 CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
 
 
@@ -41,10 +43,14 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor)
 
     hook = output_head(model).register_forward_pre_hook(score)
     try:
-        model(input_ids=input_ids, use_cache=False)
+        logits = model(input_ids=input_ids, use_cache=False).logits
     finally:
         hook.remove()
-    return found[0]
+    if not logits.requires_grad or is_frozen(output_head(model)):
+        return found[0]
+    # ZeRO-3 and FSDP gather a head's weights again for the backward pass only if the head's own
+    # output takes part in it. An empty part: nothing is added, not even a NaN of another row.
+    return found[0] + logits[:0].sum()
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,
@@ -61,10 +67,10 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,
     chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
     if not torch.is_grad_enabled():
         return torch.cat([chunk_log_probs(*chunk) for chunk in chunks])
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
-                          for chunk in chunks])
-    return FrozenHead.apply(hidden, chunks, chunk_log_probs)
+    if is_frozen(head):
+        return FrozenHead.apply(hidden, chunks, chunk_log_probs)
+    return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
+                      for chunk in chunks])
 
 
 class FrozenHead(torch.autograd.Function):
@@ -91,6 +97,11 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         (slopes,) = ctx.saved_tensors
         return (upstream[:, None] * slopes).to(slopes.dtype), None, None
+
+
+def is_frozen(head: nn.Module) -> bool:
+    """Whether none of the head's weights is trained."""
+    return not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -133,6 +144,6 @@ def check_head(model: nn.Module, token_ids: list[int]) -> None:
     exact = logits.dtype == torch.float32  # half precision rounds a logit of 30 to quarters
     if not torch.allclose(ours, theirs, atol=1e-3 if exact else 0.1, rtol=1e-3 if exact else 0.05):
         worst = (ours - theirs).abs().max().item()
-        raise ValueError(f"{type(unwrapped(model)).__name__} computes its logits in a way that "
+        raise InputError(f"{type(unwrapped(model)).__name__} computes its logits in a way that "
                          f"cut/log_probs.py does not know (log-probs differ by {worst:.3g}); "
                          "add it to logit_transform")

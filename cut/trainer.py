@@ -197,7 +197,7 @@ class Statistics:
 
 
 class FiniteGradients(TrainerCallback):
-    """Stop before a gradient that is not finite reaches the weights."""
+    """Stop before a gradient that is not finite reaches the weights (DeepSpeed hides them)."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if args.fp16:  # the gradient scaler skips such steps: that is how it finds its scale

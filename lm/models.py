@@ -79,7 +79,7 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base_model}: cannot load the model ({first_line(error)})") from error
     except RuntimeError as error:
-        if quantization is None:
+        if quantization is None or "out of memory" in str(error):
             raise
         raise InputError(f"--load_in {load_in} does not work on this machine "
                          f"({first_line(error)}); use --load_in bf16 or fp32") from error

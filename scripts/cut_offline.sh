@@ -5,12 +5,13 @@
 #
 # Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): about 1 for training, 1 for answers.
 # Expected  AlpacaEval win rate against text-davinci-003 with GPT-4 as judge: 1.87 before, 61.06
-#           after for LLaMA2-13b; 81.09 before, 90.73 after one online round for LLaMA2-13b-chat.
+#           after for LLaMA2-13b; 81.09 before, 90.73 after for LLaMA2-13b-chat.
 # Other data: DATA=my.json (records as in data/README.md); the summarization critiques of Table 3:
 #           scripts/convert2alpaca.py writes them in the same format.
 # Small     BASE_MODEL=smollm2-135m-instruct DATA=data/sample/train.jsonl GPUS=1 bash $0
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/environment.sh
 
 BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-13b-hf}
 SHEPHERD=${SHEPHERD:-data/downloads/shepherd}

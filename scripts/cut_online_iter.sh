@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One round of online CUT (paper, Table 6) on published judgments: bash scripts/cut_online_iter.sh 1
 #
-# Round N trains the model of round N-1 (round 1: LLaMA2-13b-chat) on 1000 of its own responses with
-# GPT-4's judgments, positives down-sampled to a quarter of the negatives.
+# Round N trains the model of round N-1 (round 1: LLaMA2-13b-chat) on the published 1000 responses
+# of the authors' model of that round with GPT-4's judgments, positives down-sampled to a quarter
+# of the negatives.
 #
 # Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): 0.5 for training, 1 for answers.
 # Expected  AlpacaEval 81.09 before; rounds 1 to 5: 89.75, 90.23, 91.04, 91.68, 90.68;
@@ -12,18 +13,19 @@
 # Small     BASE_MODEL=smollm2-135m-instruct DATA=data/sample/train.jsonl GPUS=1 bash $0 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/environment.sh
 
 ITERATION=${1:?which round? bash scripts/cut_online_iter.sh 1}
 ROUNDS=${ROUNDS:-runs/cut-online}
 if [ "$ITERATION" -gt 1 ]; then
-    PREVIOUS=$ROUNDS/round$((ITERATION - 1))/model
+    BASE_MODEL=$ROUNDS/round$((ITERATION - 1))/model
+    [ -d "$BASE_MODEL" ] || { echo "error: $BASE_MODEL is not there; run round" \
+        "$((ITERATION - 1)) first" >&2; exit 1; }
 else
-    PREVIOUS=meta-llama/Llama-2-13b-chat-hf
+    BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-13b-chat-hf}
 fi
-
-export BASE_MODEL=${BASE_MODEL:-$PREVIOUS}
-export DATA=${DATA:-data/downloads/cut_iter/train-alpaca-sample-iter$ITERATION.json}
-export OUT=${OUT:-$ROUNDS/round$ITERATION}
+DATA=${DATA:-data/downloads/cut_iter/train-alpaca-sample-iter$ITERATION.json}
+OUT=$ROUNDS/round$ITERATION
 PROMPTS=${PROMPTS:-}
 GPUS=${GPUS:-8}
 LOAD_IN=${LOAD_IN:-auto}

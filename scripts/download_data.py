@@ -165,7 +165,8 @@ words.
 | --- | --- |
 | `data/sample/train.jsonl` | `{id, instruction, input, output, judgment, constraints}`: a CUT \
 record, judgment null where every constraint holds |
-| `data/sample/heldout.jsonl` | `{id, instruction, constraints}` |
+| `data/sample/validation.jsonl` | `{id, instruction, constraints}`: to choose settings on |
+| `data/sample/heldout.jsonl` | `{id, instruction, constraints}`: to measure on |
 """
 
 

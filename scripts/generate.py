@@ -2,7 +2,7 @@
 
     python scripts/generate.py --base_model_name_or_path saved_models/cut-13b
     python scripts/generate.py --base_model_name_or_path smollm2-135m-instruct \\
-        --data_path data/sample/heldout.json --output_path runs/base.json --max_new_tokens 128
+        --data_path data/sample/heldout.jsonl --output_path runs/base.json --max_new_tokens 128
 
 Each finished response goes to OUTPUT.partial.jsonl at once; after a stop, even a kill, the same
 command goes on where it was. A finished output is kept, with its settings beside it, and reused.

@@ -174,7 +174,10 @@ def test_only_the_prompt_is_cut_while_the_response_fits():
     example = pair("the fox " * 100, "the dog", "the hat")
     rows = rows_of(example, SHORT, tokenizer, 60)
     assert supervised(rows.aligned) == response_ids(tokenizer, "the dog")
-    assert len(rows.aligned.ids) == len(rows.misaligned.ids) == 60
+    assert len(rows.aligned.ids) == 60
+    # only the judgment tells the two rows apart: they keep the same part of the instruction
+    instructions = [tokenizer.decode(row.ids).count("fox") for row in rows.rows]
+    assert instructions[0] == instructions[1] < 100
     assert tokenizer.decode(rows.aligned.ids).endswith("\nSaid: the hat\nAnswer:\nthe dog</s>")
 
 

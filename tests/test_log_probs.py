@@ -21,6 +21,7 @@ from transformers import (
 
 from cut import log_probs
 from cut.log_probs import check_head, output_head
+from lm.records import InputError
 
 VOCABULARY, HIDDEN = 61, 16
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 32,
@@ -234,5 +235,5 @@ def test_check_head_stops_at_an_unknown_transform(change, monkeypatch):
         return result
 
     monkeypatch.setattr(model, "forward", changed)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM .* add it to logit_transform"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM .* add it to logit_transform"):
         check_head(model, list(range(3, 20)))

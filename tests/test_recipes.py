@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
+                       reason="the recipes would install their requirements here; run "
+                              "bash scripts/test.sh, which did so")]
 
 
 def run_recipe(*words: str, **variables: object) -> str:
@@ -31,13 +35,20 @@ def prompts(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("recipe", [["scripts/cut_offline.sh"],
-                                    ["scripts/cut_online_iter.sh", "1"]])
-def test_paper_recipe(recipe, tiny_llama, prompts, tmp_path):
-    out = tmp_path / "out"
-    run_recipe(*recipe, BASE_MODEL=tiny_llama, DATA="data/sample/train.jsonl", OUT=out, GPUS=1,
-               PROMPTS=prompts, MAX_STEPS=2, MAX_NEW_TOKENS=4)
+@pytest.mark.parametrize(("recipe", "folder"), [
+    (["scripts/cut_offline.sh"], "."),
+    (["scripts/cut_online_iter.sh", "1", "scripts/cut_online_iter.sh", "2"], "round2")])
+def test_paper_recipe(recipe, folder, tiny_llama, prompts, tmp_path):
+    """The offline recipe; two rounds of the online one, the second on the first one's model."""
+    out = tmp_path / folder
+    for words in (recipe[:2], recipe[2:]):
+        if words:
+            run_recipe(*words, BASE_MODEL=tiny_llama, DATA="data/sample/train.jsonl", GPUS=1,
+                       OUT=tmp_path, ROUNDS=tmp_path, PROMPTS=prompts, MAX_STEPS=2,
+                       MAX_NEW_TOKENS=4, VENV=sys.prefix)
     settings = json.loads((out / "adapter/run.json").read_text())["settings"]
+    if folder == "round2":
+        assert settings["base_model"] == str(tmp_path / "round1/model")
     assert settings["learning_rate"] == 4e-4 and settings["batch_size"] == 8  # as in the paper
     answers = json.loads((out / "alpaca_eval.json").read_text())
     assert len(answers) == 3 and set(answers[0]) >= {"instruction", "output", "generator"}
@@ -45,8 +56,6 @@ def test_paper_recipe(recipe, tiny_llama, prompts, tmp_path):
 
 def test_quickstart_and_again(tiny_llama, prompts, tmp_path):
     """The newcomer's command; typed again it trains and generates nothing anew."""
-    if not list(Path(sys.prefix).glob(".installed-*")):
-        pytest.skip("the quickstart would install its requirements; bash scripts/test.sh did so")
     out = tmp_path / "out"
     variables = {"MODEL": tiny_llama, "OUT": out, "PROMPTS": prompts, "VENV": sys.prefix}
     printed = run_recipe("scripts/quickstart.sh", **variables)
