@@ -14,8 +14,8 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from lm.records import InputError, Record, check_fields
-from lm.templates import Template, prompt_ids, response_ids
+from lm.records import InputError, Record, check_fields, join_input
+from lm.templates import Template, ids_in_pieces, response_ids
 
 POSITIVE_SCORE = 7  # released code: such a score makes a record positive whatever its judgment
 FAILED = "$ERROR$"  # an annotation that failed, in the published iteration files
@@ -106,12 +106,14 @@ class Batch:
 
 
 def examples_of(records: Sequence[Record], source: str, *, downsample: float = -1,
-                as_released: bool = False) -> tuple[list[Example], Counts]:
+                as_released: bool = False,
+                contrast: bool = True) -> tuple[list[Example], Counts]:
     """Check every record and turn it into an example.
 
     Blank and `$ERROR$` judgments are dropped, or kept as text with `as_released`. Unless
     `downsample` is -1, only int(negatives * downsample) positives are kept, drawn with seed 42,
-    in the order of the file.
+    in the order of the file. Where none is negative there is nothing to contrast: an error, unless
+    `contrast` is False, as for plain fine-tuning.
     """
     check_fields(records, source, required={"instruction": (str,), "output": (str,),
                                             "judgment": (str, NoneType)},
@@ -130,18 +132,14 @@ def examples_of(records: Sequence[Record], source: str, *, downsample: float = -
     positives = [example for example in examples if example.judgment is None]
     counts.positives = len(positives)
     counts.negatives = len(examples) - len(positives)
-    if not counts.negatives:
+    if not counts.negatives and (contrast or not positives):
         raise InputError(f"{source}: no record has a negative judgment, so there is nothing to "
-                         "contrast; expected text in field 'judgment' of some records")
+                         "contrast; expected text in field 'judgment' of some records, or "
+                         "--weight_unlike 0 for plain fine-tuning")
     kept = _downsampled(positives, counts.negatives, downsample)
     counts.positives_kept = len(kept)
     names = {example.record for example in kept}
     return [e for e in examples if e.judgment is not None or e.record in names], counts
-
-
-def join_input(record: Record) -> str:
-    """The instruction, with a non-empty `input` after one newline."""
-    return record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
 
 
 def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
@@ -228,18 +226,8 @@ class _Prompt:
 
     @classmethod
     def of(cls, instruction: str, judgment: str | None, template: Template, tokenizer):
-        """Tokenize the whole prompt, then find from the end which ids spell which piece."""
-        texts = template.pieces(instruction, judgment)
-        left = prompt_ids(tokenizer, "".join(texts))
-        pieces = []
-        for place in range(len(texts) - 1, 0, -1):
-            known = sum(map(len, pieces))
-            after = tokenizer("".join(texts[place:]), add_special_tokens=False)["input_ids"]
-            whole = left + [token for piece in pieces for token in piece]
-            size = max(_common_prefix(whole[::-1], after[::-1]) - known, 0)
-            pieces.insert(0, left[len(left) - size:])
-            left = left[:len(left) - size]
-        return cls([left, *pieces])
+        """Tokenize the whole prompt, knowing which ids spell which piece."""
+        return cls(ids_in_pieces(tokenizer, template.pieces(instruction, judgment)))
 
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
@@ -261,15 +249,6 @@ class _Prompt:
             ids += piece[here:]
             lost -= here
         return ids
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def _scored_positive(record: Record) -> bool:

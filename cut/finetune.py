@@ -3,38 +3,27 @@
 Imported by that script only; in a notebook use `cut.data`, `cut.trainer` and `lm` directly.
 """
 
-import contextlib
-import errno
 import math
 import os
 import random
-import re
-import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import integration_utils
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
-from cut.log_probs import check_head
 from cut.trainer import CutSettings, CutTrainer, NonFiniteLoss
 from lm import models, runs
+from lm.log_probs import check_head
 from lm.records import InputError, read_records
 from lm.templates import load_template
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
             "save_steps": 1, "lora_r": 1, "warmup_steps": 0, "learning_rate": 0, "val_set_size": 0,
             "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0, "lora_dropout": 0}
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What safetensors and torch say then; torch notices by the position in the file
-DISK_TEXTS = re.compile(r"os error|No space left|unexpected pos|PytorchStreamWriter")
 DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
 
 
@@ -75,31 +64,10 @@ def check(flags: dict) -> SimpleNamespace:
         settings.gamma = 1.0
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
-    _check_trackers(settings.report_to)
-    settings.world_size = world_size()
+    runs.check_trackers(settings.report_to)
+    settings.world_size = runs.world_size()
     settings.accumulation = _accumulation(settings)
     return settings
-
-
-def world_size() -> int:
-    """Processes that train together; stops when a launcher started some that do not."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-               if name not in os.environ]
-    if launched > 1 and missing:
-        raise InputError(f"WORLD_SIZE is {launched}, but {', '.join(missing)} not set, so each "
-                         "process would train alone; use torchrun --nproc_per_node=N")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes != launched:
-        raise InputError(f"launched as {launched} processes, but each would train alone; on CPUs "
-                         "use torchrun --nproc_per_node=N")
-    if state.is_main_process:
-        print(f"processes: {launched} ({state.distributed_type.value}) on {state.device.type}")
-        idle = torch.cuda.device_count() - 1
-        if launched == 1 and idle > 0:
-            print(f"note: {idle} more GPUs are idle; torchrun --nproc_per_node={idle + 1} "
-                  "uses them all")
-    return launched
 
 
 def load_data(settings: SimpleNamespace) -> Data:
@@ -108,14 +76,15 @@ def load_data(settings: SimpleNamespace) -> Data:
     template = load_template(settings.prompt_template_name)
     examples, counts = examples_of(read_records(settings.data_path), settings.data_path,
                                    downsample=settings.downsample,
-                                   as_released=settings.as_released)
+                                   as_released=settings.as_released,
+                                   contrast=settings.weight_unlike > 0)
     if settings.debug:
         examples = examples[:DEBUG_EXAMPLES]
     rows = [rows_of(example, template, tokenizer, settings.cutoff_len, settings.train_on_inputs)
             for example in examples]
     held_out = _held_out(len(rows), settings.val_set_size)
     trained = [index for index in range(len(rows)) if index not in held_out]
-    if is_main():
+    if runs.is_main():
         print(f"data: {counts}")
         if not counts.positives_kept:
             print("note: no Align-P examples, so nothing shows what a good response is")
@@ -128,29 +97,8 @@ def load_data(settings: SimpleNamespace) -> Data:
 
 def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
     """Claim the output folder; the checkpoint to continue from, if this run was killed before."""
-    output_dir, resume = settings.output_dir, settings.resume_from_checkpoint
-    if isinstance(resume, str) and not runs.is_whole(Path(resume)):
-        raise InputError(f"--resume_from_checkpoint {resume}: not a whole checkpoint (a folder "
-                         "with trainer_state.json)")
-    run = runs.describe_run(vars(settings), settings.data_path)
-    state = PartialState()
-    status = None if resume is False else runs.previous_run(output_dir, run, free)
-    state.wait_for_everyone()
-    if status == "finished" and not isinstance(resume, str):
-        if is_main():
-            print(f"{output_dir}: this run is finished; --resume_from_checkpoint False repeats it")
-        sys.exit(0)
-    if is_main():
-        if resume is False:
-            _remove_results(Path(output_dir))
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        runs.write_run(output_dir, run)
-    state.wait_for_everyone()
-    settings.run = run
-    checkpoint = resume if isinstance(resume, str) else runs.last_checkpoint(output_dir)
-    if checkpoint and is_main():
-        print(f"continuing from {checkpoint}")
-    return checkpoint
+    settings.run = runs.describe_run(vars(settings), settings.data_path)
+    return runs.open_run(settings.output_dir, settings.run, settings.resume_from_checkpoint, free)
 
 
 def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
@@ -217,7 +165,7 @@ def load_model(settings: SimpleNamespace):
                                 settings.gradient_checkpointing)
     if settings.torch_compile:
         compile_blocks(model)
-    if is_main():
+    if runs.is_main():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"model: {settings.base_model}, {trained / 1e6:.2f} M parameters trained")
     return model
@@ -235,7 +183,7 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
     """The trainer; checks first that the architecture's logits are understood."""
     if not (arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         check_head(model, data.train[0].aligned.ids[:32])
-    if is_main():
+    if runs.is_main():
         print(schedule(settings, len(data.train)))
     return CutTrainer(
         model=model, args=arguments, train_dataset=data.train,
@@ -247,19 +195,18 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
 def train(settings: SimpleNamespace, trainer: CutTrainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
     try:
-        with _full_disk_in_one_line(settings.output_dir):
+        with runs.full_disk_in_one_line(settings.output_dir):
             trainer.train(resume_from_checkpoint=checkpoint)
-    except NonFiniteLoss as error:  # any process may be the one that meets it: none is silent
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except NonFiniteLoss as error:
+        raise InputError(str(error)) from error
 
 
 def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
     """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end."""
-    with _full_disk_in_one_line(settings.output_dir):
+    with runs.full_disk_in_one_line(settings.output_dir):
         trainer.save_model(settings.output_dir)
         trainer.save_state()
-    if is_main():
+    if runs.is_main():
         for weights in Path(settings.output_dir).glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors keeps others out
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -295,45 +242,6 @@ def cut_settings(settings: SimpleNamespace) -> CutSettings:
 def pad_id(tokenizer) -> int:
     """Padding is masked by length, so any id will do; released code uses unk, or 0."""
     return tokenizer.unk_token_id or 0
-
-
-def is_main() -> bool:
-    """Whether this process speaks for all."""
-    return PartialState().is_main_process
-
-
-def _check_trackers(report_to: str) -> None:
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    for tracker in report_to.split(","):
-        if tracker not in ("none", "all", *known):
-            raise InputError(f"--report_to {tracker!r}: unknown; use none, all, or some of "
-                             f"{', '.join(known)}")
-        if tracker in known and tracker not in (
-                integration_utils.get_available_reporting_integrations()):
-            raise InputError(f"--report_to {tracker}: not installed; pip install {tracker}")
-
-
-@contextlib.contextmanager
-def _full_disk_in_one_line(output_dir: str) -> Iterator[None]:
-    """safetensors and torch report a full disk as errors of their own, some of them misleading."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = (error.errno in DISK_ERRNOS if isinstance(error, OSError)
-                else DISK_TEXTS.search(str(error)))
-        if not full:
-            raise
-        raise InputError(f"{output_dir}: cannot write ({models.first_line(error)}); free some "
-                         "space there, and the same command continues") from error
-
-
-def _remove_results(folder: Path) -> None:
-    """Weights of a run that is started over; an old adapter beside a new model would be loaded."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for pattern in ("adapter_*", "model*.safetensors*"):
-        for file in folder.glob(pattern):
-            file.unlink()
 
 
 def _keep_gradients(model) -> None:

@@ -10,9 +10,6 @@ the terminal and, with the probabilities under the pointer, into one HTML file.
 
 import html
 import math
-import os
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -22,17 +19,17 @@ import torch
 from torch import Tensor
 
 from cut.data import Example, Rows, collate
-from cut.log_probs import supervised_log_probs
 from cut.loss import CutLoss, cut_loss
 from cut.trainer import CutSettings
+from lm.log_probs import supervised_log_probs
 from lm.records import InputError, write_text
+from lm.terminal import printable, wants_colour
 
 THRESHOLDS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 STRONGEST = 4.0  # the ratio, or its inverse, from which on a colour is at its strongest
 # From which ratio on, red for more likely and blue for less: 256-colour numbers that can be read
 # on dark and on light terminals. Below the first ratio a token keeps the terminal's colour.
 STEPS = ((1.1, 138, 103), (1.5, 174, 68), (2.0, 167, 33), (STRONGEST, 196, 27))
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 MEANING = ("ratio p(y|x,j) / p(y|x): how much likelier the judgment in the prompt makes a token of "
            "the response")
 
@@ -58,7 +55,7 @@ def show(model, tokenizer, examples: Sequence[Example], rows: Sequence[Rows],
     if not rows:
         raise InputError("none of the training examples has a judgment to show; "
                          "lower --val_set_size, or leave out --debug")
-    colour = _wants_colour()
+    colour = wants_colour()
     print(terminal_legend(settings.threshold, colour))
     shown = []
     for example, pair in zip(examples, rows, strict=True):
@@ -155,11 +152,6 @@ def summary(tokens: TokenRatios) -> str:
     return f"{flagged} of {count} tokens ({flagged / count:.0%}) in U{cut}"
 
 
-def printable(text: str) -> str:
-    """Control characters spelt out: data must not steer the terminal."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
 def html_page(examples: Sequence[Example], shown: Sequence[TokenRatios], threshold: float) -> str:
     """The whole page; it needs nothing but itself."""
     sections = "\n".join(map(_html_example, examples, shown))
@@ -196,11 +188,6 @@ def _losses(judged: Tensor, plain: Tensor, **settings) -> CutLoss:
     """What training makes of one pair's response; its U is the U."""
     every = torch.ones(1, len(plain), dtype=torch.bool)
     return cut_loss(judged[None], plain[None], every, every[:, 0], **settings)
-
-
-def _wants_colour() -> bool:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
 
 
 def _count(shown: Sequence[TokenRatios]) -> int:

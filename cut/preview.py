@@ -8,15 +8,15 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cut.data import Rows
-from cut.finetune import Data, cut_settings, is_main, schedule
+from cut.finetune import Data, cut_settings, schedule
 from cut.heatmap import show
 from cut.trainer import TOKENS_PER_FORWARD
-from lm import models
+from lm import models, runs
 
 
 def preview(settings: SimpleNamespace, data: Data) -> None:
     """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
-    if not is_main():
+    if not runs.is_main():
         return
     for pair in (True, False):
         first = next((rows for rows in data.train if bool(rows.misaligned) == pair), None)
@@ -43,7 +43,7 @@ def print_rows(rows: Rows, tokenizer) -> None:
 
 def visualize(settings: SimpleNamespace, data: Data) -> None:
     """`--visualize K`: what the judgments of the first K negative records flag."""
-    if not is_main():
+    if not runs.is_main():
         return
     model = models.load_model(settings.base_model, settings.load_in, settings.attn_implementation)
     pairs = [(example, rows) for example, rows in zip(data.examples, data.train, strict=True)

@@ -17,8 +17,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cut.data import Batch, Rows, collate, within_budget
-from cut.log_probs import supervised_log_probs
 from cut.loss import CutLoss, cut_loss
+from lm.log_probs import supervised_log_probs
+from lm.parts import InParts
+from lm.runs import WholeCheckpoints
 
 # One record a forward is as fast as four on a CPU and needs a third of the memory; a GPU wants
 # enough tokens to fill its matrix units.
@@ -40,7 +42,7 @@ class CutSettings:
     halve_pairs: bool = True
 
 
-class CutTrainer(Trainer):
+class CutTrainer(WholeCheckpoints, InParts, Trainer):
     """`Trainer` with the CUT loss; `train_dataset` and `eval_dataset` are lists of `Rows`."""
 
     def __init__(self, *args, settings: CutSettings, pad_id: int, group_by_length: bool = False,
@@ -53,18 +55,6 @@ class CutTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the examples of the step
         self.statistics = Statistics(self.args.device)
         self.add_callback(FiniteGradients())
-
-    def training_step(self, model, inputs: list[Rows], num_items_in_batch=None) -> Tensor:
-        """Forward and backward over a micro-batch, part by part; gradients sync on the last."""
-        *first, last = self._parts(inputs)
-        syncing = self.accelerator.sync_gradients
-        loss = torch.zeros((), device=self.args.device)
-        for part in first:
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            with self.accelerator.no_sync(model):
-                loss += super().training_step(model, part, num_items_in_batch)
-        self.accelerator.gradient_state._set_sync_gradients(syncing)
-        return loss + super().training_step(model, last, num_items_in_batch)
 
     def compute_loss(self, model, inputs: list[Rows], return_outputs=False,
                      num_items_in_batch=None) -> Tensor:
@@ -95,11 +85,10 @@ class CutTrainer(Trainer):
             logs.update(self.statistics.take(self.accelerator))
         super().log(logs, start_time)
 
-    def _parts(self, examples: list[Rows]) -> list[list[Rows]]:
-        """Sharded weights are gathered in each forward: there, every process must run as many."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def parts(self, examples: list[Rows]) -> list[list[Rows]]:
+        """Few enough examples for the token budget of a forward pass."""
         budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
-        return [examples] if sharded else within_budget(examples, budget)
+        return [examples] if self.is_sharded() else within_budget(examples, budget)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Rows]], device) -> Tensor:
         """Examples in the optimizer step, over all processes; padding examples do not count."""

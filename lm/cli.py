@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from types import UnionType
@@ -18,6 +19,9 @@ from typing import get_args
 import fire
 
 from lm.records import InputError
+
+INTERRUPTED = 130
+PATIENCE = 5  # seconds; a launcher ends its other processes a tenth after one has ended
 
 
 def run(command: Callable) -> None:
@@ -28,6 +32,7 @@ def run(command: Callable) -> None:
     # Remarks of libraries on each other, which nobody who reads a command's output can act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", message="Could not find a config file in", module="peft")
     calls: list[Callable] = []  # fire looks for leftover arguments after its call, we before ours
     try:
         _reject_unknown_flags(command, sys.argv[1:])
@@ -41,7 +46,7 @@ def run(command: Callable) -> None:
         where = f"{error.filename}: " if error.filename else ""
         _stop(where + (error.strerror or str(error).strip()))
     except KeyboardInterrupt:
-        _stop("interrupted; run the same command again to continue", code=130)
+        _stop("interrupted; run the same command again to continue", code=INTERRUPTED)
     except Exception as error:  # safetensors has a kind of its own for a full disk
         if "No space left on device" not in str(error):
             raise
@@ -49,14 +54,23 @@ def run(command: Callable) -> None:
 
 
 def _stop(message: str, code: int = 2) -> None:
-    """One line on the first process of the node; every process exits non-zero."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """One line, and exit. Beside the first process of a node, only what that one does not say.
+
+    If all processes stop, the first one's end makes the launcher end the others while they wait.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        if code == INTERRUPTED:  # all of them were
+            sys.exit(code)
+        time.sleep(PATIENCE)
+        message = f"process {rank}: {message}"
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def _reject_unknown_flags(command: Callable, arguments: list[str]) -> None:
-    known = list(inspect.signature(command).parameters)
+    known = [name for name in inspect.signature(command).parameters
+             if name != _overrides(command)]
     for argument in arguments:
         if argument == "--":
             return
@@ -65,6 +79,11 @@ def _reject_unknown_flags(command: Callable, arguments: list[str]) -> None:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"unknown flag --{name}; did you mean --{nearest[0]}? "
                              "(--help lists every flag)")
+
+
+def _overrides(command: Callable) -> str | None:
+    """`overrides`, if the command takes `section.key=value` arguments as `*overrides`."""
+    return "overrides" if "overrides" in inspect.signature(command).parameters else None
 
 
 def _checked(command: Callable, calls: list[Callable]) -> Callable:
@@ -77,7 +96,7 @@ def _checked(command: Callable, calls: list[Callable]) -> Callable:
     def call(*args, **kwargs):
         given = inspect.signature(command).bind(*args, **kwargs).arguments
         for name, value in given.items():
-            if not _fits(value, kinds[name]):
+            if name != _overrides(command) and not _fits(value, kinds[name]):
                 raise InputError(f"--{name} is {value!r}; expected "
                                  + " or ".join(getattr(k, "__name__", str(k))
                                                for k in kinds[name]))
@@ -87,20 +106,37 @@ def _checked(command: Callable, calls: list[Callable]) -> Callable:
 
 
 def _quoted(command: Callable, arguments: list[str]) -> list[str]:
-    """The arguments with the values of text flags in quotes, which fire takes off again."""
-    text = {name for name, parameter in inspect.signature(command).parameters.items()
-            if parameter.annotation is str}
-    quoted, is_value = [], False
+    """The arguments with texts in quotes, which fire takes off again.
+
+    Texts are the values of text flags, and `section.key=value` where the command takes those.
+    """
+    annotations = {name: parameter.annotation
+                   for name, parameter in inspect.signature(command).parameters.items()}
+    quoted, flag = [], ""  # the flag that the argument before this one left without a value
     for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if is_value and not argument.startswith("--"):
+        name, equals, value = argument.partition("=")
+        kind = annotations.get(flag)
+        is_value = flag and not argument.startswith("--") and (
+            kind is not bool or argument in ("True", "False"))
+        if is_value:
+            quoted.append(repr(argument) if kind is str else argument)
+        elif _overrides(command) and not argument.startswith("-"):
+            if not equals or not name:
+                raise InputError(f"{argument!r}: not a flag; settings are overridden as "
+                                 "section.key=value")
+            if kind is bool:
+                quoted[-1] += "=True"  # or fire would take this for the flag's value
             quoted.append(repr(argument))
-        elif flag[2:].replace("-", "_") in text and equals:
-            quoted.append(f"{flag}={value!r}")
+        elif annotations.get(_parameter(name)) is str and equals:
+            quoted.append(f"{name}={value!r}")
         else:
             quoted.append(argument)
-        is_value = argument.startswith("--") and flag[2:].replace("-", "_") in text and not equals
+        flag = _parameter(name) if argument.startswith("--") and not equals else ""
     return quoted
+
+
+def _parameter(flag: str) -> str:
+    return flag[2:].replace("-", "_")
 
 
 def _fits(value: object, kinds: tuple) -> bool:

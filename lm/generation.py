@@ -7,11 +7,14 @@ Results come as each batch ends, with the prompt's index, so that a caller can s
 go on after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
 are those of one prompt at a time, and a sample follows from the seed and the prompt's index.
 (Exactly so in fp32; in half precision another batch shape can round a near tie the other way.)
+
+transformers' continuous batching (`generate_batch`) took 1.2 to 1.7 times as long per token on a
+CPU, and was not measured on a GPU; for those there is vLLM (lm/vllm_engine.py, or a server).
 """
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,7 @@ from lm.templates import prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # a text, token ids, or messages
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,48 @@ class Response:
 
 
 def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
-             prompts: Sequence[Prompt] | Mapping[int, Prompt], *, max_new_tokens: int,
+             prompts: Sequence[Prompt] | Mapping[Hashable, Prompt], *, max_new_tokens: int,
              token_budget: int = 16384, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0) -> Iterator[tuple[int, Response]]:
+             seed: int | str = 0,
+             synced_gpus: bool = False) -> Iterator[tuple[Hashable, Response]]:
     """Yield (index, response) for each prompt, in the order in which batches end.
 
-    Prompts are texts or token ids; a mapping gives them indices of their own, as after a stop.
+    Prompts are texts, token ids, or messages `{role, content}`, which the model's own chat
+    template writes; a mapping gives them keys of their own in place of indices, as after a stop.
     For several samples of one prompt, give it several times. `temperature` 0 is greedy. A batch
     holds `token_budget` tokens, prompts and new ones, padding included; at least one prompt.
+
+    `synced_gpus` is for weights that FSDP or ZeRO-3 shards over the processes, where each forward
+    pass needs them all: all prompts of a process make one batch, and every process runs until the
+    last sequence of any of them has ended. Each must have a prompt.
     """
     check_sampling(max_new_tokens, token_budget, temperature, top_p)
     if not isinstance(prompts, Mapping):
         prompts = dict(enumerate(prompts))
-    rows = {index: prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-            for index, prompt in prompts.items()}
+    rows = {index: ids_of(tokenizer, prompt) for index, prompt in prompts.items()}
     _check_lengths(rows, model, max_new_tokens)
     return _generate(model, tokenizer, rows, max_new_tokens, token_budget, temperature, top_p,
-                     seed)
+                     seed, synced_gpus)
+
+
+def ids_of(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """The token ids that a prompt stands for."""
+    import jinja2
+
+    if isinstance(prompt, str):
+        return prompt_ids(tokenizer, prompt)
+    if not prompt or not isinstance(prompt[0], Mapping):
+        return list(prompt)
+    if tokenizer.chat_template is None:
+        raise InputError("the model's tokenizer has no chat template, so it cannot read messages; "
+                         "use a chat model, or a --template that is one text")
+    try:
+        return tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True,
+                                             return_dict=False)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in prompt)
+        raise InputError(f"the model's chat template cannot write the turns {roles} ({error}); "
+                         "use another model, or a --template that is one text") from error
 
 
 def check_sampling(max_new_tokens: int, token_budget: int, temperature: float,
@@ -68,14 +96,14 @@ def check_sampling(max_new_tokens: int, token_budget: int, temperature: float,
         raise InputError(f"top_p is {top_p}; expected more than 0 and at most 1")
 
 
-def token_budget_batches(lengths: Mapping[int, int], max_new_tokens: int,
-                         token_budget: int) -> Iterator[list[int]]:
+def token_budget_batches(lengths: Mapping[Hashable, int], max_new_tokens: int,
+                         token_budget: int) -> Iterator[list[Hashable]]:
     """Indices in batches of like length, the longest first: if memory is short, it shows at once.
 
     >>> list(token_budget_batches({0: 2, 1: 9, 2: 3, 3: 8}, max_new_tokens=1, token_budget=20))
     [[1, 3], [2, 0]]
     """
-    batch: list[int] = []
+    batch: list[Hashable] = []
     for index in sorted(lengths, key=lengths.get, reverse=True):
         if batch and (len(batch) + 1) * (lengths[batch[0]] + max_new_tokens) > token_budget:
             yield batch
@@ -106,8 +134,8 @@ class Sampler:
     looked up in the cumulative probabilities of the `top_p` nucleus.
     """
 
-    def __init__(self, indices: Sequence[int], prompt_length: int, max_new_tokens: int,
-                 temperature: float, top_p: float, seed: int):
+    def __init__(self, indices: Sequence[Hashable], prompt_length: int, max_new_tokens: int,
+                 temperature: float, top_p: float, seed: int | str):
         # Python's generator hashes a text seed whole; torch's takes 32 bits of a number.
         streams = [random.Random(f"{seed} {index}") for index in indices]
         self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)]
@@ -135,7 +163,7 @@ class Sampler:
         return mass * (mass.cumsum(-1) - mass < self.top_p), tokens
 
 
-def _check_lengths(rows: Mapping[int, list[int]], model: "PreTrainedModel",
+def _check_lengths(rows: Mapping[Hashable, list[int]], model: "PreTrainedModel",
                    max_new_tokens: int) -> None:
     # Models without learned or rotary positions (Mamba, BLOOM) state no limit.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -149,26 +177,30 @@ def _check_lengths(rows: Mapping[int, list[int]], model: "PreTrainedModel",
 
 
 def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
-              rows: Mapping[int, list[int]], max_new_tokens: int, token_budget: int,
-              temperature: float, top_p: float, seed: int) -> Iterator[tuple[int, Response]]:
+              rows: Mapping[Hashable, list[int]], max_new_tokens: int, token_budget: int,
+              temperature: float, top_p: float, seed: int | str,
+              synced_gpus: bool) -> Iterator[tuple[Hashable, Response]]:
     from peft import PeftModel
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model  # LoRA lives inside
-    stops = _stop_ids(plain, tokenizer)
+    runner = model if synced_gpus else plain  # FSDP gathers what its outermost module is called for
+    stops = stop_ids(plain, tokenizer)
     lengths = {index: len(row) for index, row in rows.items()}
-    for batch in token_budget_batches(lengths, max_new_tokens, token_budget):
+    batches = [list(rows)] if synced_gpus else token_budget_batches(lengths, max_new_tokens,
+                                                                    token_budget)
+    for batch in batches:
         ids, mask = left_pad([rows[index] for index in batch], tokenizer.eos_token_id)
         width = ids.shape[1]
         processors = [Sampler(batch, width, max_new_tokens, temperature, top_p, seed)]
         with _own_settings(plain, stops, tokenizer.eos_token_id, max_new_tokens):
-            output = plain.generate(
+            output = runner.generate(
                 input_ids=ids.to(plain.device), attention_mask=mask.to(plain.device),
-                logits_processor=processors if temperature else None)
+                logits_processor=processors if temperature else None, synced_gpus=synced_gpus)
         for index, new_ids in zip(batch, output[:, width:].tolist(), strict=True):
-            yield index, _response(tokenizer, new_ids, stops)
+            yield index, response_of(tokenizer, new_ids, stops)
 
 
-def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokenizer's EOS and the model's own ends (chat models may have several)."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -195,8 +227,8 @@ def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int,
         model.train(was_training)
 
 
-def _response(tokenizer: "PreTrainedTokenizerBase", new_ids: list[int],
-              stops: list[int]) -> Response:
+def response_of(tokenizer: "PreTrainedTokenizerBase", new_ids: list[int],
+                stops: list[int]) -> Response:
     """Cut the padding that follows a row's end; ids alone tell it, as the pad may be the EOS."""
     end = next((place for place, token in enumerate(new_ids) if token in stops), None)
     token_ids = new_ids if end is None else new_ids[:end + 1]

@@ -14,6 +14,7 @@ from lm.records import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.nn import Module
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -136,6 +137,18 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
 def is_quantized(model: "PreTrainedModel") -> bool:
     """Whether the weights are held in 8 or 4 bits."""
     return getattr(model, "is_quantized", False)  # transformers sets it on quantized models only
+
+
+def output_head(model: "Module") -> "Module":
+    """The module that turns hidden states into logits, through any wrappers."""
+    return unwrapped(model).get_output_embeddings()
+
+
+def unwrapped(model: "Module") -> "Module":
+    """The Hugging Face model inside DDP, DeepSpeed and compile wrappers (peft forwards calls)."""
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module
+    return model
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 
@@ -25,22 +26,32 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one line and says what to do."""
 
 
-def read_records(source: str | Path, split: str = "train") -> list[Record]:
-    """All records of a JSON list or JSON Lines file (`.gz` too), or of a Hub dataset `org/name`."""
+def read_records(source: str | Path, split: str = "train", data_dir: str | None = None,
+                 bad: list[str] | None = None) -> list[Record | None]:
+    """All records of a JSON list or JSON Lines file (`.gz` too), or of a Hub dataset `org/name`.
+
+    Given a list `bad`, what is no record is told there, and None stands in its place.
+    """
     path = Path(source)
     if path.is_file():
-        records = _parse(_read_text(path), str(source))
-    elif _looks_like_hub_id(str(source)):
-        records = _read_hub(str(source), split)
+        records = _parse(_read_text(path), str(source), bad)
+    elif looks_like_hub_id(str(source)):
+        records = _read_hub(str(source), split, data_dir)
     else:
         raise InputError(f"{source}: no such file; give a .json, .jsonl or .jsonl.gz file, "
                          "or a Hub dataset as org/name")
     if not records:
         raise InputError(f"{source}: holds no records; expected a JSON list or JSON Lines")
     for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise InputError(f"{source}: record {index}: is {_type_name(record)}; "
-                             "expected a JSON object")
+        if not isinstance(record, dict | _Unreadable):
+            records[index] = _Unreadable(f"{source}: record {index}: is {_type_name(record)}; "
+                                         "expected a JSON object")
+    broken = [record.reason for record in records if isinstance(record, _Unreadable)]
+    if broken and bad is None:
+        raise InputError(broken[0])
+    if broken:
+        bad += broken
+        return [record if isinstance(record, dict) else None for record in records]
     return records
 
 
@@ -49,16 +60,32 @@ def check_fields(records: Iterable[Record], source: str | Path,
                  optional: Mapping[str, tuple[type, ...]] | None = None) -> None:
     """Every record has the required fields, and each given field has one of the listed types."""
     for index, record in enumerate(records):
-        for field, types in {**required, **(optional or {})}.items():
-            expected = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in types))
-            if field not in record:
-                if field in required:
-                    raise InputError(f"{source}: record {index}: field '{field}' is missing; "
-                                     f"expected {expected}")
-            elif not isinstance(record[field], types) or (
-                    isinstance(record[field], bool) and bool not in types):
-                raise InputError(f"{source}: record {index}: field '{field}' is "
-                                 f"{_type_name(record[field])}; expected {expected}")
+        if wrong := wrong_field(record, required, optional):
+            raise InputError(f"{source}: record {index}: {wrong}")
+
+
+def wrong_field(record: Record, required: Mapping[str, tuple[type, ...]],
+                optional: Mapping[str, tuple[type, ...]] | None = None,
+                within: str = "") -> str | None:
+    """What is wrong with the first field that is missing or has another type, if any is.
+
+    `within` is where the record lies in a larger one, such as `completions[2].`.
+    """
+    for field, types in {**required, **(optional or {})}.items():
+        expected = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in types))
+        if field not in record:
+            if field in required:
+                return f"field '{within}{field}' is missing; expected {expected}"
+        elif not isinstance(record[field], types) or (
+                isinstance(record[field], bool) and bool not in types):
+            return (f"field '{within}{field}' is {_type_name(record[field])}; "
+                    f"expected {expected}")
+    return None
+
+
+def join_input(record: Record) -> str:
+    """The instruction, with a non-empty `input` after one newline."""
+    return record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -120,7 +147,14 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _parse(text: str, source: str) -> list:
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands where a record should be."""
+
+    reason: str
+
+
+def _parse(text: str, source: str, bad: list[str] | None = None) -> list:
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
@@ -133,23 +167,26 @@ def _parse(text: str, source: str) -> list:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise InputError(f"{source}: line {number}: broken JSON ({error.msg}); "
-                                 "mend or delete that line") from error
+                records.append(_Unreadable(f"{source}: line {number}: broken JSON ({error.msg}); "
+                                           "mend or delete that line"))
+                if bad is None:
+                    break
     return records
 
 
-def _read_hub(name: str, split: str) -> list[Record]:
+def _read_hub(name: str, split: str, data_dir: str | None = None) -> list[Record]:
     from datasets import load_dataset
 
+    folder = {"data_dir": data_dir} if data_dir else {}
     try:
-        return load_dataset(name, split=split).to_list()
+        return load_dataset(name, split=split, **folder).to_list()
     except Exception as error:  # the Hub client raises many kinds; each means "not readable"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: not a file here, and the Hub dataset cannot be read "
                          f"({reason})") from error
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
     parts = source.split("/")
     is_file_name = Path(source).suffix in (".json", ".jsonl", ".gz")  # ids may end in "-v1.5"
     return len(parts) == 2 and all(parts) and "." not in parts[0] and not is_file_name

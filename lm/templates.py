@@ -12,6 +12,7 @@ the tokenizer's own rule (Llama-2 and Llama-3 put a BOS, SmolLM2 does not); EOS 
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,19 @@ class Template:
         return [piece if place % 2 == 0 else fields[piece]
                 for place, piece in enumerate(FIELD.split(text))]
 
+    def chat_template(self) -> str:
+        """Jinja that writes a dialogue: the prompt without a judgment, turn after turn.
+
+        Later turns, and those after a system message, leave out what stands before the paragraph
+        of the instruction, such as Alpaca's header.
+        """
+        head, field, rest = self.prompt.partition("{instruction}")
+        later = head.rpartition("\n\n")[2] + field + rest
+        return ("{%- for message in messages -%}{%- if message.role == 'user' -%}"
+                f"{{{{- ({self.prompt!r} if loop.first else {later!r})"
+                " | replace('{instruction}', message.content) -}}"
+                "{%- else -%}{{- message.content + '\n\n' -}}{%- endif -%}{%- endfor -%}")
+
 
 def load_template(name: str) -> Template:
     """Read a template by name or path and check its fields."""
@@ -64,13 +78,24 @@ def load_template(name: str) -> Template:
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a prompt with the tokenizer's own special tokens before it and none after it."""
+    """Ids of a prompt with the tokenizer's own special tokens before it and none after it.
+
+    A chat template may write the BOS that the tokenizer adds as well; it stays single.
+    """
     ids = tokenizer(text)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def response_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a response as it continues a prompt, EOS included.
+    """Ids of a response as it continues a prompt, EOS included."""
+    ids = continuation_ids(tokenizer, text)
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def continuation_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text as it continues another.
 
     Tokenizing the text alone would be wrong for SentencePiece, which puts a space before it.
     """
@@ -78,6 +103,31 @@ def response_ids(tokenizer, text: str) -> list[int]:
         head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
         whole = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
         if whole[:len(head)] == head:
-            ids = whole[len(head):]
-            return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+            return whole[len(head):]
     raise InputError(f"the tokenizer merges {text[:20]!r} with every text before it")
+
+
+def ids_in_pieces(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of a prompt that is made of several texts, split into those of each text.
+
+    The whole prompt is tokenized, then found from its end which ids spell which text.
+    """
+    left = prompt_ids(tokenizer, "".join(texts))
+    pieces: list[list[int]] = []
+    for place in range(len(texts) - 1, 0, -1):
+        known = sum(map(len, pieces))
+        after = tokenizer("".join(texts[place:]), add_special_tokens=False)["input_ids"]
+        whole = left + [token for piece in pieces for token in piece]
+        size = max(_common_prefix(whole[::-1], after[::-1]) - known, 0)
+        pieces.insert(0, left[len(left) - size:])
+        left = left[:len(left) - size]
+    return [left, *pieces]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

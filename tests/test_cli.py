@@ -29,6 +29,12 @@ def main(data_path: str = "", batch_size: int = 8, learning_rate: float = 1e-4,
 
 run(main)
 '''
+OVERRIDDEN = HEADER + """
+def main(*overrides: str, config: str = "", show: int = 0, dry_run: bool = False) -> None:
+    print("RAN", ascii([overrides, config, show, dry_run]))
+
+run(main)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,38 @@ def test_leftover_arguments_stop_before_the_command_runs(type_in, arguments):
     assert "Could not consume arg" in result.stderr
 
 
+@pytest.mark.parametrize(("arguments", "arrived"), [
+    (("--config=a.yaml", "t.max_steps=10"), [("t.max_steps=10",), "a.yaml", 0, False]),
+    (("t.x=1", "--config", "a.yaml", "t.y=[1, 'b']"), [("t.x=1", "t.y=[1, 'b']"), "a.yaml", 0,
+                                                       False]),
+    (("--show", "3", "t.x==\"é\" {z}\n", "--dry_run", "t.y=", "--config", "k=v"),
+     [("t.x==\"é\" {z}\n", "t.y="), "k=v", 3, True]),
+    (("--dry_run", "False", "t.x=--y"), [("t.x=--y",), "", 0, False]),
+    ((), [(), "", 0, False]),
+])
+def test_overrides_arrive_as_typed(type_in, arguments, arrived):
+    result = type_in(*arguments, code=OVERRIDDEN)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"RAN {arrived!a}\n"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("a.yaml",), "'a.yaml': not a flag; settings are overridden as section.key=value"),
+    (("t.x=1", "=1"), "'=1': not a flag"),
+    (("--dry_run", "yes"), "'yes': not a flag"),
+    (("t.x=1", "--confg=x"), "unknown flag --confg; did you mean --config?"),
+    (("--overrides=t.x=1",), "unknown flag --overrides"),
+    (("--show", "t.x=1"), "--show is 't.x=1'; expected int"),
+])
+def test_what_is_no_override_is_one_line(type_in, arguments, message):
+    assert_stopped(type_in(*arguments, code=OVERRIDDEN), message)
+
+
+def test_single_dashes_are_no_overrides(type_in):
+    result = type_in("t.x=1", "-unknown", "3", code=OVERRIDDEN)
+    assert (result.returncode, result.stdout) == (2, "")
+
+
 def test_help_lists_flags_with_their_meaning(type_in):
     result = type_in("--help")
     assert result.returncode == 0 and "RAN" not in result.stdout
@@ -119,9 +157,28 @@ def test_mistakes_of_ours_keep_their_traceback(type_in):
     assert result.returncode == 1 and "IndexError" in result.stderr
 
 
-def test_other_processes_of_a_launch_fail_silently(type_in):
-    result = type_in("--nothing", env=os.environ | {"LOCAL_RANK": "1"})
-    assert (result.returncode, result.stderr) == (2, "")
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(("ranks", "patience", "said"), [
+    ("01", 60, ["error: bad record"]),
+    ("1", 0, ["error: process 1: bad record"]),
+], ids=["all", "one"])
+def test_processes_of_a_launch_say_a_thing_once(ranks, patience, said, tmp_path):
+    """If all meet bad input, the first names it, and the launcher ends the others as they wait."""
+    script = tmp_path / "stops.py"
+    script.write_text(f"{HEADER}import os, time\nimport lm.cli\nlm.cli.PATIENCE = {patience}\n"
+                      f"def main():\n    if os.environ['LOCAL_RANK'] in {ranks!r}:\n"
+                      "        raise InputError('bad record')\n    time.sleep(60)\nrun(main)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node=2", str(script)]
+    result = subprocess.run(command, text=True, capture_output=True)
+    assert result.returncode
+    assert [line for line in result.stderr.splitlines() if "bad record" in line] == said
+
+
+def test_interrupted_processes_do_not_repeat_it(type_in):
+    result = type_in(code=f"{HEADER}def main():\n    raise KeyboardInterrupt\nrun(main)\n",
+                     env=os.environ | {"LOCAL_RANK": "1"})
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_ctrl_c_is_one_line(tmp_path):

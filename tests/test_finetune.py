@@ -7,7 +7,6 @@ processes, or that are killed, are real command lines.
 """
 
 import fcntl
-import io
 import json
 import os
 import random
@@ -16,29 +15,37 @@ import resource
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
+from training_runs import (
+    ADAPTER,
+    TORCHRUN,
+    WORDS,
+    adapter,
+    assert_one_line,
+    history,
+    in_this_process,
+    killed,
+    losses,
+    write_records,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import integration_utils
 
 from cut import finetune
 from finetune_unlikelihood import main
 from lm import models, runs
-from lm.cli import run
 from lm.records import sha256
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "finetune_unlikelihood.py"
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "another", "dog", "ran", "red"]
 HELD_OUT = 3
 TRAINED = 21  # not a multiple of the batch size
 STEPS = 6  # 2 epochs of 8 + 8 + 5 examples
-ADAPTER = "adapter_model.safetensors"
 
 
 def make_records(count: int, positive_every: int = 3) -> list[dict]:
@@ -53,30 +60,8 @@ def make_records(count: int, positive_every: int = 3) -> list[dict]:
             for index in range(count)]
 
 
-def write_records(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def flags(**settings: object) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def in_this_process(*arguments: str) -> SimpleNamespace:
-    """What the command line prints, and its exit code."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [SCRIPT, *arguments])
-        code = 0
-        try:
-            run(main)
-        except SystemExit as stop:
-            code = stop.code or 0
-    texts = []
-    for stream in (out, err):
-        stream.seek(0)
-        texts.append(stream.read())
-    return SimpleNamespace(code=code, out=texts[0], err=texts[1])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +82,7 @@ def train(common, tmp_path):
     """Train in this process into `tmp_path / "run"`; keywords replace the common settings."""
     def train(*switches: str, **settings: object) -> SimpleNamespace:
         settings = {**common, "output_dir": tmp_path / "run", **settings}
-        result = in_this_process(*flags(**settings), *switches)
+        result = in_this_process(main, *flags(**settings), *switches)
         result.folder = Path(settings["output_dir"])
         return result
     return train
@@ -114,21 +99,10 @@ def reference_settings(common) -> dict:
 def reference(reference_settings, tmp_path_factory) -> Path:
     """A finished run, one example at a time: nobody may change it."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    result = in_this_process(*flags(**{**reference_settings, "micro_batch_size": 1},
+    result = in_this_process(main, *flags(**{**reference_settings, "micro_batch_size": 1},
                                     output_dir=folder))
     assert result.code == 0, result.err
     return folder
-
-
-def history(folder: Path, *names: str) -> list[dict]:
-    """The logged values of some names, step by step."""
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{name: entry[name] for name in ("step", *names) if name in entry}
-            for entry in log if any(name in entry for name in names)]
-
-
-def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in history(folder, "loss")]
 
 
 def epoch_losses(folder: Path) -> tuple[float, float]:
@@ -136,10 +110,6 @@ def epoch_losses(folder: Path) -> tuple[float, float]:
     steps = losses(folder)
     assert len(steps) == STEPS
     return sum(steps[:3]), sum(steps[3:])
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / ADAPTER)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
@@ -159,17 +129,10 @@ def assert_same_run(folder: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(tensor, weights[name], atol=tolerance, rtol=0)
 
 
-def assert_one_line(result: SimpleNamespace, message: str) -> None:
-    """Stopped with one line on stderr that holds the message."""
-    assert result.code == 2
-    assert re.search(message, result.err), result.err
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
-
-
 # --- the result does not depend on how a batch is split
 
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "torchrun": TORCHRUN,
     "accelerate": ["accelerate.commands.launch", "--config_file", "configs/accelerate_cpu.yaml"],
 }
 
@@ -205,26 +168,6 @@ def test_same_result_in_two_processes(launcher, reference, reference_settings, t
 
 # --- killed runs
 
-# The command dies where it would open the file $DIE_AT, by a signal that nothing can catch.
-DIE_AT = """
-import os, signal, sys
-
-def die(event, arguments):
-    if event == "open" and str(arguments[0]).endswith(os.environ["DIE_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(die)
-"""
-
-
-def killed(arguments: list[str], die_at: str, shim: Path) -> int:
-    """Run until the command opens a file."""
-    shim.mkdir(exist_ok=True)
-    (shim / "sitecustomize.py").write_text(DIE_AT)
-    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=ROOT, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(shim), "DIE_AT": die_at}).returncode
-
-
 def killed_after(arguments: list[str], lines: int) -> int:
     """Run until so many steps are logged; a small pipe keeps the run from getting far ahead."""
     with subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=ROOT, text=True,
@@ -248,7 +191,7 @@ def test_killed_run_continues_to_the_same_bits(common, train, tmp_path):
     arguments = flags(**common | settings, output_dir=folder)
 
     # While it writes a checkpoint: the weights are there, the optimizer is not.
-    assert killed(arguments, "checkpoint-6/tokenizer_config.json", tmp_path / "shim") == -9
+    assert killed(main, arguments, "checkpoint-6/tokenizer_config.json", tmp_path / "shim") == -9
     assert (folder / "checkpoint-6" / ADAPTER).is_file()
     assert runs.last_checkpoint(folder) == str(folder / "checkpoint-3")
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
@@ -265,6 +208,24 @@ def test_killed_run_continues_to_the_same_bits(common, train, tmp_path):
     assert f"continuing from {before}\n" in result.out
     assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert losses(folder) == losses(whole) and len(losses(whole)) == 42
+
+
+@pytest.mark.xdist_group("processes")
+def test_checkpoint_is_whole_only_with_the_states_of_all_processes(train, reference,
+                                                                   reference_settings, tmp_path):
+    """The second of two processes dies before it writes its random state; one alone continues."""
+    folder = tmp_path / "run"
+    settings = reference_settings | {"save_steps": 2}
+    assert killed(main, flags(**settings, output_dir=folder), "checkpoint-4", tmp_path / "shim",
+                  ["-m", *LAUNCHERS["torchrun"]], die_rank=1) != 0
+    assert (folder / "checkpoint-4/rng_state_0.pth").is_file()
+    assert not (folder / "checkpoint-4/rng_state_1.pth").exists()
+    assert runs.last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert (folder / "checkpoint-2/rng_state_1.pth").is_file()
+
+    result = train(**settings)
+    assert f"continuing from {folder / 'checkpoint-2'}\n" in result.out
+    assert_same_run(folder, reference, 1e-5)
 
 
 def test_kill_before_the_first_checkpoint_leaves_nothing_to_continue(train, monkeypatch):
@@ -578,7 +539,7 @@ def test_bad_data(name, train, tmp_path):
     ({"prompt_template_name": "alpacca"}, "alpacca: unknown template; use one of alpaca"),
     ({"load_in": "3bit"}, "--load_in is '3bit'; expected one of auto"),
     ({"load_in": "8bit", "full_finetune": True}, "--full_finetune cannot train --load_in 8bit"),
-    ({"report_to": "paper"}, "--report_to 'paper': unknown; use none, all, or some of azure_ml"),
+    ({"report_to": "paper"}, "report_to 'paper': unknown; use none, all, or some of azure_ml"),
     ({"lr_scheduler": "cosin"}, "cosin is not a valid SchedulerType"),
     ({"val_set_size": 24}, "--val_set_size 24 leaves nothing of 24 examples to train on"),
     ({"val_set_size": 0.01}, "--val_set_size 0.01 holds out nothing of 24 examples"),
@@ -597,7 +558,7 @@ def test_bad_settings(settings, message, train):
 @pytest.mark.parametrize("setting", [{"report_to": "wandb"}, {"wandb_project": "mine"}])
 def test_tracker_that_is_not_installed(setting, train, monkeypatch):
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [])
-    assert_one_line(train(**setting), "--report_to wandb: not installed; pip install wandb")
+    assert_one_line(train(**setting), "report_to wandb: not installed; pip install wandb")
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])

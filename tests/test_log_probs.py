@@ -19,8 +19,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from cut import log_probs
-from cut.log_probs import check_head, output_head
+from lm import log_probs
+from lm.log_probs import check_head, output_head
 from lm.records import InputError
 
 VOCABULARY, HIDDEN = 61, 16
@@ -113,6 +113,34 @@ def test_equals_the_full_logits_in_values_and_gradients(name, prepare, chunk, mo
     """LoRA (frozen head), full fine-tuning (trained head, tied or not), a frozen head alone."""
     monkeypatch.setitem(log_probs.CHUNK, "cpu", chunk)
     assert_as_naive(prepare(name))
+
+
+def test_frozen_head_with_a_bias():
+    """Not the plain product that has its derivative written out."""
+    model = with_lora("llama")
+    head = torch.nn.Linear(HIDDEN, VOCABULARY)
+    torch.nn.init.normal_(head.bias)
+    model.set_output_embeddings(head.requires_grad_(False))
+    assert_as_naive(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1, 0.8])
+def test_written_out_derivative_is_that_of_autograd(scale, dtype):
+    """Of tokens that are nearly certain as well: 1 - p must not vanish before it is rounded."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=dtype).requires_grad_(False)
+    head.weight.normal_()
+    rows = scale * torch.randn(9, HIDDEN, dtype=dtype) + head.weight[:9]
+    tokens = torch.arange(9)
+    scored = log_probs.slopes_of_linear(head.weight, rows, tokens)
+    exact = log_probs.slopes_by_autograd(
+        lambda rows, tokens: -torch.nn.functional.cross_entropy(
+            head(rows).float(), tokens, reduction="none"), rows, tokens)
+    assert scored[1].dtype == exact[1].dtype == dtype and (exact[0] > -0.01).any()
+    for ours, theirs in zip(scored, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 0.03,
+                                   atol=1e-5)
 
 
 def test_trained_copy_of_the_head_in_an_adapter():

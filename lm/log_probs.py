@@ -10,18 +10,21 @@ are gathered there.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lm.models import output_head, unwrapped
 from lm.records import InputError
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
 
 
-def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
+                         **inputs) -> Tensor:
     """log p(token | tokens before it), fp32, of every position under `loss_mask`.
 
     Args:
@@ -29,6 +32,7 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor)
         input_ids, loss_mask: [R, T], right-padded; position 0 of a row is never supervised, as
             nothing stands before it. No attention mask is needed: no token sees what follows it,
             and without a mask attention takes its fastest way.
+        inputs: what else the model is to get, such as the `position_ids` of packed rows.
 
     Returns [S], S = loss_mask.sum(), in row-major order.
     """
@@ -43,7 +47,7 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor)
 
     hook = output_head(model).register_forward_pre_hook(score)
     try:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
     if not logits.requires_grad or is_frozen(output_head(model)):
@@ -68,7 +72,10 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,
     if not torch.is_grad_enabled():
         return torch.cat([chunk_log_probs(*chunk) for chunk in chunks])
     if is_frozen(head):
-        return FrozenHead.apply(hidden, chunks, chunk_log_probs)
+        plain = type(head) is nn.Linear and head.bias is None and transform is unchanged
+        slopes = partial(slopes_of_linear, head.weight) if plain else partial(
+            slopes_by_autograd, chunk_log_probs)
+        return FrozenHead.apply(hidden, chunks, slopes)
     return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
                       for chunk in chunks])
 
@@ -82,21 +89,38 @@ class FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, chunks: list, chunk_log_probs: Callable) -> Tensor:
-        log_probs, slopes = [], []
-        for rows, tokens in chunks:
-            with torch.enable_grad():
-                rows = rows.detach().requires_grad_()
-                values = chunk_log_probs(rows, tokens)
-                slopes += torch.autograd.grad(values.sum(), rows)
-            log_probs.append(values.detach())
-        ctx.save_for_backward(torch.cat(slopes))
+    def forward(ctx, hidden: Tensor, chunks: list, slopes: Callable):
+        log_probs, derivatives = zip(*(slopes(*chunk) for chunk in chunks), strict=True)
+        ctx.save_for_backward(torch.cat(derivatives))
         return torch.cat(log_probs)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        (slopes,) = ctx.saved_tensors
-        return (upstream[:, None] * slopes).to(slopes.dtype), None, None
+        (derivatives,) = ctx.saved_tensors
+        return (upstream[:, None] * derivatives).to(derivatives.dtype), None, None
+
+
+def slopes_by_autograd(chunk_log_probs: Callable, rows: Tensor,
+                       tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs [C] and their derivatives by the hidden states [C, H], whatever the head."""
+    with torch.enable_grad():
+        rows = rows.detach().requires_grad_()
+        log_probs = chunk_log_probs(rows, tokens)
+        (derivatives,) = torch.autograd.grad(log_probs.sum(), rows)
+    return log_probs.detach(), derivatives
+
+
+def slopes_of_linear(weight: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for logits = rows @ weight.T: d log p / d rows = (one-hot - p) @ weight.
+
+    1.3 times as fast as autograd on a CPU, which passes over the logits more often.
+    """
+    log_p = F.linear(rows, weight).float().log_softmax(-1)
+    tokens = tokens[:, None]
+    log_probs = log_p.gather(-1, tokens).squeeze(-1)
+    by_logits = log_p.exp_().neg_()
+    by_logits.scatter_add_(-1, tokens, torch.ones_like(by_logits[:, :1]))
+    return log_probs, (by_logits.to(weight.dtype) @ weight).to(rows.dtype)
 
 
 def is_frozen(head: nn.Module) -> bool:
@@ -104,16 +128,9 @@ def is_frozen(head: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in head.parameters())
 
 
-def output_head(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits, through any wrappers."""
-    return unwrapped(model).get_output_embeddings()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside DDP, DeepSpeed and compile wrappers (peft forwards calls)."""
-    while not hasattr(model, "get_output_embeddings"):
-        model = model.module
-    return model
+def unchanged(logits: Tensor) -> Tensor:
+    """The transform of most architectures."""
+    return logits
 
 
 def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -121,6 +138,8 @@ def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
     config = unwrapped(model).config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
+    if scale == 1 and not cap:
+        return unchanged
 
     def transform(logits: Tensor) -> Tensor:
         logits = logits * scale if scale != 1 else logits
@@ -145,5 +164,5 @@ def check_head(model: nn.Module, token_ids: list[int]) -> None:
     if not torch.allclose(ours, theirs, atol=1e-3 if exact else 0.1, rtol=1e-3 if exact else 0.05):
         worst = (ours - theirs).abs().max().item()
         raise InputError(f"{type(unwrapped(model)).__name__} computes its logits in a way that "
-                         f"cut/log_probs.py does not know (log-probs differ by {worst:.3g}); "
+                         f"lm/log_probs.py does not know (log-probs differ by {worst:.3g}); "
                          "add it to logit_transform")
