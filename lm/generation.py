@@ -144,8 +144,11 @@ class Sampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) -> the same shape, 0 at the chosen token and -inf elsewhere."""
-        mass, tokens = self._nucleus((scores.double() / self.temperature).softmax(-1))
         step = input_ids.shape[1] - self.prompt_length
+        if step == 0 and scores.isnan().any():
+            raise InputError("the model's next-token scores are not numbers: training diverged, or "
+                             "half precision overflowed; try a lower learning rate, or fp32")
+        mass, tokens = self._nucleus((scores.double() / self.temperature).softmax(-1))
         drawn = self.uniform[:, step, None].to(scores.device) * mass.sum(-1, keepdim=True)
         place = (mass.cumsum(-1) <= drawn).sum(-1, keepdim=True)
         chosen = tokens.gather(-1, place.clamp(max=mass.shape[-1] - 1))

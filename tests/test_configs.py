@@ -16,6 +16,7 @@ from lm.templates import load_template
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("configs/**/*.yml")])
+RUNS = [path for path in CONFIGS if path.parent.name == "configs"]  # the others hold texts
 ACCELERATE = [path for path in CONFIGS if "accelerate" in path.stem]
 TEMPLATES = sorted(ROOT.glob("configs/templates/**/*.json"))
 SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
@@ -27,7 +28,10 @@ def name(path: Path) -> str:
 
 
 def parameters(script: Path) -> list[str]:
-    """Parameters of the function that a script hands to `lm.cli.run`: its flags."""
+    """Parameters of the function that a script hands to `lm.cli.run`: its flags.
+
+    `*overrides` is none of them.
+    """
     tree = ast.parse(script.read_text(encoding="utf-8"))
     (command,) = [call.args[0].id for call in ast.walk(tree)
                   if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
@@ -39,7 +43,7 @@ def parameters(script: Path) -> list[str]:
 
 def test_everything_is_found():
     assert {"finetune_unlikelihood.py", "scripts/generate.py"} <= set(map(name, SCRIPTS))
-    assert len(ACCELERATE) >= 6 and TEMPLATES
+    assert len(ACCELERATE) >= 8 and len(RUNS) >= 16 and TEMPLATES
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -53,15 +57,19 @@ def test_accelerate_configuration(path):
     assert load_config_from_file(str(path)).num_processes > 0
     text = path.read_text(encoding="utf-8")
     header = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
-    command = re.search(rf"accelerate launch --config_file {name(path)} (\w+\.py)((\\\n|.)*)",
-                        header)
+    command = re.search(rf"accelerate launch --config_file[ =]{name(path)} ((?:\\\n|.)*)", header)
     assert command, "no launch command in the header"
     assert "Hardware: " in header
-    flags = re.findall(r"--(\w+)", command[2])
-    assert flags and set(flags) <= set(parameters(ROOT / command[1]))
+    script, *flags = re.findall(r"\w+\.py|(?<=--)\w+", command[1])
+    assert flags and set(flags) <= set(parameters(ROOT / script))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_its_header_says_what_it_is(path):
+    assert re.match(r"# \w", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
 def test_every_key_has_a_comment(path):
     keys = [line for line in path.read_text(encoding="utf-8").splitlines()
             if re.match(r"\s*\w+:", line)]

@@ -1,0 +1,68 @@
+"""The steps of `train_jsft.py` that self-training does not share: arguments, data, trainer, save.
+
+Imported by that script only; in a notebook use `self_judge.jsft_trainer` and `preprocess` directly.
+"""
+
+from dataclasses import replace
+
+from trl import SFTConfig
+
+from lm import models, runs
+from lm.log_probs import check_head
+from lm.records import InputError
+from preprocess import jsft_rows, judge_pairs_of
+from self_judge import launch
+from self_judge.config import Config
+from self_judge.jsft_trainer import JsftTrainer
+from self_judge.launch import Data
+
+SUMMARY = ("loss", "sft_loss", "judgment_loss", "eval_loss", "eval_judge_accuracy",
+           "eval_judge_consistency", "eval_judge_position_bias")
+
+
+def training_arguments(config: Config) -> SFTConfig:
+    """trl's arguments; rows are packed where the attention implementation allows it."""
+    attention = launch.attention(config)
+    can_pack = attention == "flash_attention_2"
+    if config.training_args.get("packing") and not can_pack:
+        raise InputError(f"{config.path}: training_args.packing needs model.attn_implementation "
+                         f"flash_attention_2, which is {attention} here; leave packing out")
+    arguments = launch.training_arguments(
+        config, SFTConfig, {"packing": can_pack}, max_length=launch.max_length(config),
+        completion_only_loss=True, prediction_loss_only=True)
+    if runs.is_main():
+        print(f"batch: {launch.batch_size(arguments)} rows a step, "
+              + ("packed" if arguments.packing else "padded"))
+    return arguments
+
+
+def load_data(config: Config, arguments: SFTConfig) -> Data:
+    """Records -> rows to train on; rows and pairs to measure by, if the dataset has such."""
+    data = launch.load_data(config, arguments, jsft_rows)
+    if data.held_out is None:
+        return data
+    pairs = judge_pairs_of(config, "eval")[:config.jsft_args.get("eval_judge_pairs")]
+    return replace(data, pairs=pairs)
+
+
+def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> JsftTrainer:
+    """The trainer; checks that the architecture's logits are understood."""
+    options = launch.judge_options(config, data.tokenizer)
+    try:
+        trainer = JsftTrainer(
+            model=model, args=arguments, train_dataset=data.train, eval_dataset=data.held_out,
+            processing_class=data.tokenizer, peft_config=launch.lora(config), held_out=data.pairs,
+            judge_templates=options.pop("judge_templates"),
+            judge_options=options | {"max_length": launch.max_length(config)})
+    except ValueError as error:  # peft knows no layers of this architecture, for example
+        raise InputError(f"{config.path}: {models.first_line(error)}") from error
+    if not trainer.is_sharded():
+        with trainer.compute_loss_context_manager():
+            check_head(trainer.model, data.train[0]["input_ids"][:32])
+    launch.tell_trained(config, trainer)
+    return trainer
+
+
+def save(config: Config, run: dict, trainer: JsftTrainer) -> None:
+    """What was learnt, and how the losses and the judge went."""
+    launch.save(config, run, trainer, SUMMARY)

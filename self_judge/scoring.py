@@ -1,0 +1,40 @@
+"""Log-probs of the responses alone, in the place of trl's fused head.
+
+Where trl has no Triton, as on a CPU, it scores every position, prompts and padding too, in tiles of
+half a gigabyte. `lm.log_probs` scores the supervised ones in small chunks, on every device, and
+finds a frozen head's derivative on the way. `benchmarks/self_judge_step.py` measures both.
+"""
+
+import functools
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from lm.log_probs import supervised_log_probs
+
+
+def score_responses_only(model: PreTrainedModel) -> None:
+    """Make `model(..., labels=labels, fused_lm_head=True)` score the labelled positions only.
+
+    The output's `entropy`, `mean_logits` and `is_top1`, which feed nothing but trl's metrics of the
+    same names, are zero.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def lean_forward(*args, fused_lm_head: bool = False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **kwargs | ({} if labels is None else {"labels": labels}))
+        kwargs.pop("attention_mask", None)  # right padding: no token sees what follows it
+        kwargs.pop("use_cache", None)
+        supervised = labels != -100
+        supervised[:, 0] = False
+        found = supervised_log_probs(model, kwargs.pop("input_ids"), supervised, **kwargs)
+        mask = supervised[:, 1:]
+        log_probs = found.new_zeros(mask.shape).masked_scatter(mask, found)
+        nothing = torch.zeros_like(log_probs)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=nothing, mean_logits=nothing,
+                                   is_top1=mask & False, label_mask=mask)
+
+    model.forward = lean_forward
