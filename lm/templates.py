@@ -48,14 +48,16 @@ class Template:
         """Jinja that writes a dialogue: the prompt without a judgment, turn after turn.
 
         Later turns, and those after a system message, leave out what stands before the paragraph
-        of the instruction, such as Alpaca's header.
+        of the instruction, such as Alpaca's header. Responses end with EOS, as in training: where
+        they do not, a model goes on and writes the next instruction itself.
         """
         head, field, rest = self.prompt.partition("{instruction}")
         later = head.rpartition("\n\n")[2] + field + rest
         return ("{%- for message in messages -%}{%- if message.role == 'user' -%}"
                 f"{{{{- ({self.prompt!r} if loop.first else {later!r})"
                 " | replace('{instruction}', message.content) -}}"
-                "{%- else -%}{{- message.content + '\n\n' -}}{%- endif -%}{%- endfor -%}")
+                "{%- else -%}{{- message.content -}}{%- if message.role == 'assistant' -%}"
+                "{{- eos_token -}}{%- endif -%}{{- '\n\n' -}}{%- endif -%}{%- endfor -%}")
 
 
 def load_template(name: str) -> Template:

@@ -3,43 +3,71 @@
     python scripts/generate.py --base_model_name_or_path saved_models/cut-13b
     python scripts/generate.py --base_model_name_or_path smollm2-135m-instruct \\
         --data_path data/sample/heldout.jsonl --output_path runs/base.json --max_new_tokens 128
+    torchrun --nproc_per_node=8 scripts/generate.py ...  # or accelerate launch: a share on each GPU
+    vllm serve saved_models/cut-13b  # or any other OpenAI-compatible server, then
+    python scripts/generate.py --base_model_name_or_path saved_models/cut-13b \\
+        --base_url http://localhost:8000/v1 --output_path saved_models/cut-13b/alpaca_eval.json
 
-Each finished response goes to OUTPUT.partial.jsonl at once; after a stop, even a kill, the same
-command goes on where it was. A finished output is kept, with its settings beside it, and reused.
+Each finished response goes to OUTPUT.partial.jsonl at once (of further processes, to
+OUTPUT.partial.1.jsonl and so on); after a stop, even a kill, the same command goes on where it was,
+with any number of processes. A finished output is kept, with its settings beside it, and reused.
 Differs from the released script: batches, resumes, and decodes the new tokens only (it split the
 text at the first "### Response:", even one inside an instruction).
 """
 
-import hashlib
+import glob
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.journal import append, check_settings, digest, open_journal, read_journal
 from lm.models import find_adapter, load_adapter, load_model, load_tokenizer, resolve_model
-from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    read_records,
+    write_json,
+)
+from lm.runs import world_size
 from lm.templates import load_template
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from lm.generation import Prompt, Response
+    from lm.server import Server
+
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
+ENGINES = ("hf", "vllm")
+LONGEST_WAIT = timedelta(days=7)  # of processes for each other
 # Fields of a record that speak of another response than the one made here.
-OF_ANOTHER_RESPONSE = ("input", "output", "judgment", "score", "reason", "i_ans")
+OF_ANOTHER_RESPONSE = ("input", "output", "judgment", "score", "reason", "i_ans", "completions")
 
 
 def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str = ALPACA_EVAL,
          output_path: str = "", peft_model_path: str = "", generator: str = "",
          max_new_tokens: int = 2048, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
          limit: int = 0, batch_tokens: int = 16384, load_in: str = "auto",
-         overwrite: bool = False) -> None:
+         overwrite: bool = False, base_url: str = "", concurrency: int = 8,
+         requests_per_minute: float = 0.0, timeout: float = 600.0, max_requests: int = 0,
+         max_cost: float = 0.0, price_in: float = -1.0, price_out: float = -1.0,
+         cache: str = "", engine: str = "hf") -> None:
     """Generate a response to each instruction, batched and resumable.
 
     Args:
-        base_model_name_or_path: model folder, Hub id, or smollm2-135m-instruct.
+        base_model_name_or_path: model folder, Hub id, or smollm2-135m-instruct; with --base_url
+            the name by which the server knows the model.
         template: prompt template, by name or path; `chat` is the model's own chat template.
         data_path: JSON or JSON Lines file with `instruction` (and `input`), or a Hub dataset.
         output_path: file to write, by default alpaca_eval.json in the model's (adapter's) folder.
@@ -48,44 +76,120 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         max_new_tokens: longest response.
         temperature: 0 is greedy, as in the paper.
         top_p: sample from the most probable tokens that hold this much probability.
-        seed: of the samples; they do not depend on batches or stops.
+        seed: of the samples; they do not depend on batches or stops. Servers get a seed for each
+            sample, and differ in what they make of it.
         limit: only the first so many instructions; 0 is all.
         batch_tokens: tokens a batch may hold, prompts and responses; lower it if memory is short.
         load_in: 8bit|4bit|bf16|fp16|fp32|checkpoint; auto is checkpoint on CUDA, fp32 on the CPU.
         overwrite: start again even if an output is there.
+        base_url: ask the OpenAI-compatible server at this address; its key, if it wants one, is
+            taken from OPENAI_API_KEY. Templates other than chat are completions, chat is a chat.
+        concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
+        timeout: seconds to wait for a response before asking again.
+        max_requests: stop after so many, earlier runs for this output included; 0 is no limit.
+        max_cost: stop before so many dollars are exceeded, counted alike; 0 is no limit.
+        price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
+        price_out: the same for new tokens.
+        cache: folder that keeps the server's responses for other runs; empty is none.
+        engine: hf (transformers), or vllm where it is installed, in this process on one GPU.
     """
     from tqdm import tqdm
 
     from lm.generation import check_sampling
 
     check_sampling(max_new_tokens, batch_tokens, temperature, top_p)
+    check_engine(engine, base_url, peft_model_path, load_in)
     adapter = find_adapter(peft_model_path) if peft_model_path else None
-    model_path = Path(resolve_model(base_model_name_or_path))
+    model_path = Path(base_model_name_or_path if base_url else
+                      resolve_model(base_model_name_or_path))
     records = load_prompts(data_path, limit)
     output = output_file(output_path, adapter or model_path)
+    source = {"base_url": base_url} if base_url else {
+        "weights": fingerprint(model_path), "adapter": str(adapter or ""),
+        "adapter_weights": fingerprint(adapter), "load_in": load_in,
+        **({} if engine == "hf" else {"engine": engine})}
     settings = {
-        "model": str(model_path), "weights": fingerprint(model_path),
-        "adapter": str(adapter or ""), "adapter_weights": fingerprint(adapter),
+        "model": str(model_path), **source,
         "template": template_text(template), "prompts": digest(records),
-        "generator": generator or (adapter or model_path).resolve().name, "load_in": load_in,
+        "generator": generator or (adapter or model_path).resolve().name,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    place, processes = launched(alone=bool(base_url) or engine == "vllm")
     if overwrite:
-        partial_file(output).unlink(missing_ok=True)
-        settings_file(output).unlink(missing_ok=True)
+        if place == 0:
+            for file in (*partial_files(output), settings_file(output)):
+                file.unlink(missing_ok=True)
+        wait(processes)
     elif is_done(output, settings):
-        print(f"{output}: already there, made with the same settings; --overwrite makes it anew")
+        if place == 0:
+            print(f"{output}: already there, made with the same settings; --overwrite makes it "
+                  "anew")
         return
-    file, done = open_partial(output, settings)
-    left = {index: record["instruction"] for index, record in enumerate(records)
-            if index not in done}
+    server = connect(
+        base_model_name_or_path, base_url, cache=cache, concurrency=concurrency, timeout=timeout,
+        requests_per_minute=requests_per_minute, max_requests=max_requests, max_cost=max_cost,
+        price_in=price_in, price_out=price_out) if base_url else None
+    file, done = open_partial(output, settings, place)
+    mine = share(records, place, processes)
+    left = prompts_of(records, template, [index for index in mine if index not in done])
+    sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
     with file:
         if left:
-            model, tokenizer = load(str(model_path), adapter, load_in)
-            lines = respond(model, tokenizer, left, settings, template, batch_tokens)
-            for line in tqdm(lines, total=len(records), initial=len(done), unit="response"):
-                append(file, line)
-                done[line["index"]] = line
-    write_output(output, records, done, settings)
+            found = (ask(server, left, done, sampling) if server else
+                     respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
+                             sampling))
+            bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
+                       disable=place > 0)
+            note(bar, file, server)
+    wait(processes)
+    if place == 0:
+        write_output(output, records, settings)
+
+
+def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str) -> None:
+    """Stop at what an engine cannot do."""
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if base_url and peft_model_path:
+        raise InputError("--peft_model_path is for models that run here; let the server load the "
+                         "adapter and name it with --base_model_name_or_path")
+    if engine == "vllm" and (base_url or peft_model_path or load_in != "auto"):
+        raise InputError("--engine vllm takes a whole model as it is stored, without --base_url, "
+                         "--peft_model_path and --load_in; merge.py merges an adapter")
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or use "
+                         "--engine hf")
+
+
+def launched(alone: bool) -> tuple[int, int]:
+    """This process's place, and how many processes share the prompts."""
+    if not alone:
+        from accelerate import PartialState
+
+        processes = world_size(timeout=LONGEST_WAIT)
+        return PartialState().process_index, processes
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("with --base_url or --engine vllm one process makes all responses; start "
+                         "it without a launcher")
+    return 0, 1
+
+
+def wait(processes: int) -> None:
+    """Until all processes have come as far."""
+    if processes > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def share(records: list[Record], place: int, processes: int) -> list[int]:
+    """The indices that a process answers: its part of the long ones and of the short ones.
+
+    They follow from its place alone, so that no two processes ever answer the same one.
+    """
+    longest_first = sorted(range(len(records)), reverse=True,
+                           key=lambda index: len(records[index]["instruction"]))
+    return longest_first[place::processes]
 
 
 def load_prompts(source: str, limit: int) -> list[Record]:
@@ -97,9 +201,8 @@ def load_prompts(source: str, limit: int) -> list[Record]:
         raise InputError(f"--limit is {limit}; expected 0 (all) or more")
     rows = []
     for record in records[:limit or None]:
-        joined = "\n".join(filter(None, (record["instruction"], record.get("input"))))
         kept = {key: value for key, value in record.items() if key not in OF_ANOTHER_RESPONSE}
-        rows.append({"dataset": Path(source).stem, **kept, "instruction": joined})
+        rows.append({"dataset": Path(source).stem, **kept, "instruction": join_input(record)})
     return rows
 
 
@@ -137,12 +240,13 @@ def fingerprint(folder: Path | None) -> str:
     return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def partial_file(output: Path, place: int = 0) -> Path:
+    return output.with_name(f"{output.name}.partial{f'.{place}' if place else ''}.jsonl")
 
 
-def partial_file(output: Path) -> Path:
-    return output.with_name(output.name + ".partial.jsonl")
+def partial_files(output: Path) -> list[Path]:
+    """Those that are there, of however many processes."""
+    return sorted(output.parent.glob(glob.escape(output.name) + ".partial*.jsonl"))
 
 
 def settings_file(output: Path) -> Path:
@@ -151,49 +255,32 @@ def settings_file(output: Path) -> Path:
 
 def is_done(output: Path, settings: dict) -> bool:
     """Whether the whole output is there; one of other settings is an error, never a loss."""
-    if partial_file(output).exists() or not output.exists():
+    if not output.exists():
         return False
-    if not settings_file(output).exists():
+    if not settings_file(output).exists():  # they are written after it
+        if partial_files(output):
+            return False
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
                          "choose another --output_path, or --overwrite")
     check_settings(output, json.loads(settings_file(output).read_text(encoding="utf-8")), settings)
+    for file in partial_files(output):  # a kill came between the two
+        file.unlink(missing_ok=True)
     return True
 
 
-def check_settings(path: Path, found: dict, wanted: dict) -> None:
-    changed = [f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}"
-               for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if changed:
-        raise InputError(f"{path}: was made with other settings ({'; '.join(changed)}); "
-                         "choose another --output_path, or --overwrite")
+def open_partial(output: Path, settings: dict, place: int) -> tuple[IO[str], dict[int, Record]]:
+    """The file to append responses to, and those that are finished, by prompt index."""
+    file, _ = open_journal(partial_file(output, place), settings)
+    done = finished(output, settings)
+    if done and place == 0:
+        print(f"{output}: going on after {len(done)} finished responses")
+    return file, done
 
 
-def open_partial(output: Path, settings: dict) -> tuple[IO[str], dict[int, Record]]:
-    """The file to append responses to, and those that a stopped run finished, by prompt index.
-
-    The first line holds the settings, each further one a response. A last line without its newline
-    was being written when the run was killed; it is cut off.
-    """
-    path = partial_file(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    os.truncate(path, len(whole) + 1 if whole else 0)
-    lines = read_records(path) if whole else []
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
-    if lines:
-        check_settings(path, lines[0], settings)
-        print(f"{output}: going on after {len(lines) - 1} finished responses")
-    else:
-        append(file, settings)
-    return file, {line["index"]: line for line in lines[1:]}
-
-
-def append(file: IO[str], line: Record) -> None:
-    """A line that is on the disk when this returns."""
-    file.write(json.dumps(line) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+def finished(output: Path, settings: dict) -> dict[int, Record]:
+    """The responses in the partial files, by prompt index."""
+    return {line["index"]: line for file in partial_files(output)
+            for line in read_journal(file, settings)}
 
 
 def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, object]:
@@ -206,38 +293,70 @@ def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, o
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 
-def respond(model: object, tokenizer: object, instructions: dict[int, str], settings: dict,
-            template: str, batch_tokens: int) -> Iterator[Record]:
-    """Responses, as they are finished, in the form of a partial file's lines."""
+def prompts_of(records: list[Record], template: str, wanted: list[int]) -> "dict[int, Prompt]":
+    """What the model is asked: a text each, or a message where the template is `chat`."""
+    texts = {index: records[index]["instruction"] for index in wanted}
+    if template == "chat":
+        return {index: [{"role": "user", "content": text}] for index, text in texts.items()}
+    frame = load_template(template)
+    return {index: frame.render(text) for index, text in texts.items()}
+
+
+def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
+            prompts: "dict[int, Prompt]", batch_tokens: int,
+            sampling: dict) -> "Iterator[tuple[int, Response]]":
+    """(index, response), as they are finished, of a model in this process."""
+    if engine == "vllm":
+        from lm.vllm_engine import generate_with_vllm
+
+        return generate_with_vllm(model_path, load_tokenizer(model_path), prompts, **sampling)
     from lm.generation import generate
 
-    prompts = {index: render(tokenizer, template, text) for index, text in instructions.items()}
-    sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-    for index, response in generate(model, tokenizer, prompts, token_budget=batch_tokens,
-                                    **sampling):
-        yield {"index": index, "output": response.text.strip(),
-               "finish_reason": response.finish_reason}
+    model, tokenizer = load(model_path, adapter, load_in)
+    return generate(model, tokenizer, prompts, token_budget=batch_tokens, **sampling)
 
 
-def render(tokenizer: object, template: str, instruction: str) -> str | list[int]:
-    if template != "chat":
-        return load_template(template).render(instruction)
-    if tokenizer.chat_template is None:
-        raise InputError("--template chat: this model's tokenizer has no chat template")
-    return tokenizer.apply_chat_template([{"role": "user", "content": instruction}],
-                                         add_generation_prompt=True, return_dict=False)
+def connect(model: str, base_url: str, **options) -> "Server":
+    from lm.server import Server
+
+    return Server(model, base_url, **options)
 
 
-def write_output(output: Path, records: list[Record], done: dict[int, Record],
-                 settings: dict) -> None:
-    """The whole output, or none of it; only then does the partial file go."""
-    write_json(output, [
-        {"instruction": record["instruction"], "output": done[index]["output"],
-         "generator": settings["generator"], **{key: value for key, value in record.items()
-                                                if key not in ("instruction", "generator")}}
-        for index, record in enumerate(records)])
+def ask(server: "Server", prompts: "dict[int, Prompt]", done: dict[int, Record],
+        sampling: dict) -> "Iterator[tuple[int, Response]]":
+    """The same from a server; the requests and dollars that this output took so far count."""
+    from lm.server import generate_on
+
+    server.budget.go_on_from(done.values())
+    return generate_on(server, prompts, **sampling)
+
+
+def answers(records: list[Record], texts: list[str], generator: str) -> list[Record]:
+    """AlpacaEval's records."""
+    return [{"instruction": record["instruction"], "output": text, "generator": generator,
+             **{key: value for key, value in record.items()
+                if key not in ("instruction", "generator")}}
+            for record, text in zip(records, texts, strict=True)]
+
+
+def note(bar: "tqdm", file: IO[str], server: "Server | None") -> None:
+    """Append each (index, response) under a progress bar to the partial file as it comes."""
+    for index, response in bar:
+        append(file, {"index": index, "output": response.text.strip(),
+                      "finish_reason": response.finish_reason,
+                      **(server.budget.spent() if server else {})})
+        if server:
+            bar.set_postfix_str(f"${server.budget.cost:.2f}")
+
+
+def write_output(output: Path, records: list[Record], settings: dict) -> None:
+    """The whole output, or none of it; only then do the partial files go."""
+    done = finished(output, settings)
+    texts = [done[index]["output"] for index in range(len(records))]
+    write_json(output, answers(records, texts, settings["generator"]))
     write_json(settings_file(output), settings)
-    partial_file(output).unlink()
+    for file in partial_files(output):
+        file.unlink()
     cut = sum(line["finish_reason"] == "length" for line in done.values())
     print(f"{output}: {len(records)} responses, {cut} of them cut at max_new_tokens")
 

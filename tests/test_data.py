@@ -295,6 +295,13 @@ def test_no_negatives_is_one_line(records):
         examples_of(records, "f")
 
 
+def test_plain_fine_tuning_needs_no_negatives():
+    examples, counts = examples_of([record(), record()], "f", contrast=False)
+    assert [example.judgment for example in examples] == [None, None] and counts.positives_kept == 2
+    with pytest.raises(InputError, match="no record has a negative judgment"):
+        examples_of([record(judgment="$ERROR$")], "f", contrast=False)  # nothing at all is left
+
+
 def test_negative_downsampling_is_one_line():
     with pytest.raises(InputError, match=r"--downsample is -0\.5; expected 0 or more, or -1"):
         examples_of(many(), "f", downsample=-0.5)

@@ -141,6 +141,61 @@ def stop(*_, **__):
     raise KeyboardInterrupt
 
 
+def test_any_number_of_processes_goes_on_where_another_number_was_stopped(
+        tiny_llama, prompts, tmp_path, monkeypatch):
+    """Three were killed, the last of them in a line: one is asked for the rest, and no more."""
+    flags = {"data_path": str(prompts), "max_new_tokens": 5}
+    reference, output = tmp_path / "reference.json", tmp_path / "out.json"
+    generate.main(str(tiny_llama), output_path=str(reference), **flags)
+    settings = json.loads(generate.settings_file(reference).read_text())
+    for place, indices in enumerate([(0, 4), (7,), (8,)]):
+        lines = [{"index": index, "output": read(reference)[index]["output"],
+                  "finish_reason": "stop"} for index in indices]
+        generate.partial_file(output, place).write_text(
+            "".join(json.dumps(line) + "\n" for line in [settings, *lines]))
+    with open(generate.partial_file(output, 2), "a") as file:
+        file.write('{"index": 11, "outp')
+    asked = record_prompts(monkeypatch)
+    generate.main(str(tiny_llama), output_path=str(output), **flags)
+    assert set(asked) == set(range(12)) - {0, 4, 7, 8} and len(asked) == 8
+    assert read(output) == read(reference) and not generate.partial_files(output)
+
+    generate.partial_file(output, 1).write_text("left by a kill just before the end")
+    generate.main(str(tiny_llama), output_path=str(output), **flags)
+    assert len(asked) == 8 and not generate.partial_files(output)
+
+
+def test_shares_hold_each_prompt_once_and_are_of_like_length():
+    records = [{"instruction": "x" * (7 * number % 12)} for number in range(12)]
+    shares = [generate.share(records, place, 3) for place in range(3)]
+    assert sorted(index for mine in shares for index in mine) == list(range(12))
+    totals = [sum(len(records[index]["instruction"]) for index in mine) for mine in shares]
+    assert max(totals) - min(totals) <= 8 and [len(mine) for mine in shares] == [4, 4, 4]
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_give_what_one_gives(tiny_llama, prompts, tmp_path):
+    flags = {"data_path": str(prompts), "max_new_tokens": 30, "temperature": 1.0}
+    reference, output = tmp_path / "reference.json", tmp_path / "out.json"
+    generate.main(str(tiny_llama), output_path=str(reference), **flags)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "scripts/generate.py", "--base_model_name_or_path", str(tiny_llama),
+         "--output_path", str(output), *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("12 responses") == 1 and "processes: 2" in result.stdout
+    assert read(output) == read(reference) and not generate.partial_files(output)
+
+
+def test_a_launcher_is_refused_where_one_process_asks_for_all(tiny_llama, prompts, tmp_path,
+                                                             monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without a launcher"):
+        generate.main("m", data_path=str(prompts), output_path=str(tmp_path / "out.json"),
+                      base_url="http://127.0.0.1:9/v1")
+
+
 def test_weights_written_anew_are_another_model(tiny_llama, tmp_path):
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
@@ -165,14 +220,10 @@ def test_adapter_answers_and_output_goes_beside_it(tiny_llama, prompts, tmp_path
     assert [r["output"] for r in adapted] != [r["output"] for r in read(tmp_path / "base.json")]
 
 
-def test_chat_template_is_the_models_own(tiny_llama):
-    from lm.models import load_tokenizer
-
-    tokenizer = load_tokenizer(str(tiny_llama))
-    with pytest.raises(InputError, match="has no chat template"):
-        generate.render(tokenizer, "chat", "hi")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}!{{ 'Go:' if add_generation_prompt }}"
-    assert tokenizer.decode(generate.render(tokenizer, "chat", "hi")) == "hi!Go:"
+def test_templates_are_texts_and_chat_is_a_message():
+    records = [{"instruction": "hi"}, {"instruction": "ho"}]
+    assert generate.prompts_of(records, "chat", [1]) == {1: [{"role": "user", "content": "ho"}]}
+    assert "### Instruction:\nhi\n" in generate.prompts_of(records, "alpaca", [0])[0]
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -182,6 +233,9 @@ def test_chat_template_is_the_models_own(tiny_llama):
     ({"limit": -1}, "--limit is -1"),
     ({"temperature": -1.0}, "temperature is -1"),
     ({"peft_model_path": "./none"}, "no such adapter"),
+    ({"engine": "tgi"}, "--engine 'tgi': expected one of hf, vllm"),
+    ({"engine": "vllm", "load_in": "4bit"}, "takes a whole model as it is stored"),
+    ({"engine": "vllm"}, "vllm is not installed here; .* --engine hf"),
 ])
 def test_bad_input_is_one_line(change, message, tiny_llama, prompts, tmp_path):
     flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), **change}

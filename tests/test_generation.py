@@ -156,6 +156,20 @@ def test_token_ids_are_prompts_too(tiny_llama):
         generate(model, tokenizer, PROMPTS, max_new_tokens=5))
 
 
+def test_messages_are_prompts_too(tiny_llama):
+    model, tokenizer = load(tiny_llama)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]
+    with pytest.raises(InputError, match="has no chat template"):
+        generate(model, tokenizer, [messages], max_new_tokens=5)
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}!{% endfor %}"
+                               "{{ 'Go:' if add_generation_prompt }}")
+    assert by_index(generate(model, tokenizer, [messages], max_new_tokens=5)) == by_index(
+        generate(model, tokenizer, ["S!hi!Go:"], max_new_tokens=5))
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(InputError, match=r"cannot write the turns system, user \(no system role\)"):
+        generate(model, tokenizer, [messages], max_new_tokens=5)
+
+
 def test_bad_requests_are_one_clear_line_before_any_work(tiny_llama):
     model, tokenizer = load(tiny_llama)
     with pytest.raises(InputError, match=r"prompt 7: 1000 tokens .* context of 1024"):

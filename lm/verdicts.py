@@ -1,0 +1,137 @@
+"""How a judge is asked about a response, and what its reply is taken for.
+
+A judge prompt is a YAML file in configs/templates: either `system` and `user` messages for a chat
+model, or one text, `prompt`, that a model continues. `verdict` says how the reply is read:
+
+    perfect  a reply that begins with "perfect" (any case) is positive, any other is the judgment
+    yes_no   the last line is Yes. or No.: whether the response is perfect; before it, the judgment
+
+A reply that was cut off, that refuses or that says nothing is no judgment but a failure.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lm.records import InputError
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "templates"
+KEYS = {"perfect": {"verdict", "system", "user"},
+        "yes_no": {"verdict", "prompt", "target", "positive"}}
+FIELD = re.compile(r"\{(\w+)\}")
+PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
+DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
+REFUSAL = re.compile(r"\W*((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|as an ai\b|"
+                     r"i (can ?not|can['’]t|won['’]t|will not|am (not able|unable))|"
+                     r"i['’]m (not able|unable))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What a judge said of a response. Where there is an `error`, there is no judgment."""
+
+    text: str | None = None  # what is wrong with the response; None: nothing is
+    error: str = ""
+    raw: str = ""  # the judge's own words
+
+    @property
+    def status(self) -> str:
+        """`ok` or `failed`."""
+        return "failed" if self.error else "ok"
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A judge prompt; `user` is the text itself where there are no messages."""
+
+    name: str
+    verdict: str
+    user: str
+    system: str | None = None
+    target: str = ""
+    positive: str = ""
+
+    def render(self, instruction: str, response: str) -> str | list[dict[str, str]]:
+        """A text to continue or messages to answer; braces in the texts are safe."""
+        fields = {"instruction": instruction, "response": response}
+        text = FIELD.sub(lambda match: fields[match[1]], self.user)
+        if self.verdict == "yes_no":
+            return text
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
+
+    def completion(self, judgment: str | None) -> str:
+        """What a judge is trained to reply; `read` gives the judgment back."""
+        fields = {"judgment": self.positive if judgment is None else judgment.strip(),
+                  "decision": "Yes." if judgment is None else "No."}
+        return FIELD.sub(lambda match: fields[match[1]], self.target)
+
+    def read(self, reply: str, finish_reason: str = "stop") -> Judgment:
+        """The judgment in a reply."""
+        read = read_perfect if self.verdict == "perfect" else read_yes_no
+        found = replace(read(reply.strip()), raw=reply)
+        ends = found.text is None or self.verdict == "yes_no"  # it tells that it is complete
+        if finish_reason == "length" and (found.error or not ends):
+            return Judgment(error="cut off before its end", raw=reply)
+        return found
+
+
+def read_perfect(reply: str) -> Judgment:
+    """
+    >>> read_perfect("Perfect.").text, read_perfect("Too long.").text
+    (None, 'Too long.')
+    """
+    if PERFECT.match(reply):
+        return Judgment(raw=reply)
+    return negative(reply, reply)
+
+
+def read_yes_no(reply: str) -> Judgment:
+    """
+    >>> read_yes_no("Too long.\\nNo."), read_yes_no("Too long.").error
+    (Judgment(text='Too long.', error='', raw='Too long.\\nNo.'), 'has no last line Yes. or No.')
+    """
+    match = DECISION.fullmatch(reply)
+    if not match:
+        return Judgment(error="has no last line Yes. or No.", raw=reply)
+    if match[2].lower() == "yes":
+        return Judgment(raw=reply)
+    return negative((match[1] or "").strip(), reply)
+
+
+def negative(text: str, raw: str) -> Judgment:
+    """The judgment that a text is, which says what is wrong; failed if it says nothing."""
+    if not re.search(r"\w", text):
+        return Judgment(error="says nothing", raw=raw)
+    if REFUSAL.match(text):
+        return Judgment(error="refuses to judge", raw=raw)
+    return Judgment(text, raw=raw)
+
+
+def load_judge_prompt(name: str) -> JudgePrompt:
+    """Read a judge prompt by name or path and check its fields."""
+    import yaml
+
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATES / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"{name}: no such judge prompt; use annotator, ai_judge, or the path of a "
+                         ".yaml")
+    try:
+        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+    texts = texts if isinstance(texts, Mapping) else {}
+    keys = KEYS.get(texts.get("verdict"))
+    if keys is None or set(texts) != keys or not all(isinstance(texts[key], str) for key in keys):
+        kinds = "; or ".join(", ".join(sorted(keys)) for keys in KEYS.values())
+        raise InputError(f"{path}: expected these keys, all with texts: {kinds}; verdict is "
+                         "perfect or yes_no")
+    for key, fields in (("user", ["instruction", "response"]),
+                        ("prompt", ["instruction", "response"]),
+                        ("target", ["decision", "judgment"])):
+        if key in texts and sorted(FIELD.findall(texts[key])) != fields:
+            names = " and ".join(f"{{{field}}}" for field in fields)
+            raise InputError(f"{path}: field '{key}' must hold {names} once each and no others")
+    user = texts.get("user") or texts.get("prompt")
+    return JudgePrompt(name, texts["verdict"], user, texts.get("system"),
+                       texts.get("target", ""), texts.get("positive", ""))

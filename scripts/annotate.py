@@ -1,0 +1,324 @@
+"""Judge responses: outputs of scripts/generate.py in, records for finetune_unlikelihood.py out.
+
+    python scripts/annotate.py --data_path runs/round1/responses.json \\
+        --output_path runs/round1/train.json --judge server --model gpt-4 --max_cost 30
+    python scripts/annotate.py ... --judge server --model M --base_url http://localhost:8000/v1
+    python scripts/annotate.py ... --judge local --model runs/ai_judge/model  # train_ai_judge.sh
+    python scripts/annotate.py ... --judge jsft --model runs/uf_jsft_pr \\
+        --other_path runs/round1/second_samples.json             # generate.py with another --seed
+    python scripts/annotate.py ... --judge rules                     # records with `constraints`
+    python scripts/annotate.py ... --judge human --sheet to_fill_in.csv
+
+A record of the output is that of the input with `judgment`: null where nothing is wrong with the
+response, else what is. Each judgment goes to OUTPUT.judgments.jsonl at once, so that a stop, even
+a kill, costs only what was under way; the same command goes on. A judgment that failed (error,
+refusal, no verdict) is told there and left out of the output, so nothing can train on it; the same
+command asks for those again and for nothing else. OUTPUT.summary.json has counts and cost.
+
+Exit code: 0 all are judged (but for a share of --max_failed); 1 more have failed, and the others
+are in the output; 2 nothing could be written (bad input, budget spent, server gone).
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType, SimpleNamespace
+from typing import IO, TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run
+from lm.journal import append, digest, open_journal
+from lm.models import load_tokenizer, resolve_model
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    read_records,
+    write_json,
+    write_text,
+)
+from lm.verdicts import load_judge_prompt
+from scripts.evaluate_judge import precision, read_templates
+from scripts.generate import fingerprint, load
+from scripts.self_reject import model_settings
+
+if TYPE_CHECKING:
+    from lm.annotators import Judge
+    from lm.server import Server
+
+JUDGES = ("server", "local", "jsft", "rules", "human")
+MODEL_IS = {"server": "the name by which the server knows it",
+            "local": "a folder, or smollm2-135m-instruct", "jsft": "its folder"}
+SERVER_FLAGS = ("concurrency", "requests_per_minute", "timeout", "attempts", "max_requests",
+                "max_cost", "price_in", "price_out", "cache")
+# Fields that speak of an earlier judgment.
+OF_ANOTHER_JUDGMENT = ("judgment", "score", "reason", "i_ans", "ref")
+
+
+def main(data_path: str, output_path: str, judge: str = "server", model: str = "",
+         base_url: str = "", template: str = "", limit: int = 0, max_new_tokens: int = 1024,
+         temperature: float = 0.0, seed: int = 0, max_failed: float = 0.0, sheet: str = "",
+         concurrency: int = 8, requests_per_minute: float = 0.0, timeout: float = 120.0,
+         attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
+         price_out: float = -1.0, cache: str = "runs/cache", load_in: str = "auto",
+         batch_tokens: int = 16384, overwrite: bool = False, other_path: str = "") -> None:
+    """Judge each response once, resumable.
+
+    Args:
+        data_path: records with `instruction`, `output` and perhaps `input`; JSON or JSON Lines.
+        output_path: file to write, .json or .jsonl.
+        judge: server|local|jsft|rules|human. jsft is a model that JSFT trained with rationales
+            (configs/uf_jsft_pr.yaml): the worse of two responses gets its rationale as judgment.
+        model: what the server calls the model; or the folder of a local one.
+        base_url: the OpenAI-compatible server; by default OPENAI_BASE_URL or api.openai.com. Its
+            key is taken from OPENAI_API_KEY.
+        template: judge prompt, by name in configs/templates or path; by default annotator for a
+            server, ai_judge for a local model. For jsft a YAML file with the `templates` of its
+            training, by default the config.yaml in its folder.
+        limit: only the first so many responses; 0 is all.
+        max_new_tokens: longest judgment; one that is cut has failed.
+        temperature: 0 is greedy; below 0 it is left to the server.
+        seed: of sampling, and of the rules' wording. 0 sends none; another one asks anew what is
+            in the cache, as to see whether a judge agrees with itself.
+        max_failed: share of failed judgments that is no reason for exit code 1.
+        sheet: file that a human fills in (.csv or .jsonl), by default OUTPUT.sheet.csv.
+        concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
+        timeout: seconds to wait for a reply before asking again.
+        attempts: of each request, before it has failed.
+        max_requests: stop after so many, earlier runs for this output included; 0 is no limit.
+        max_cost: stop before so many dollars are exceeded, counted alike; 0 is no limit.
+        price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
+        price_out: the same for new tokens.
+        cache: folder that keeps replies for other runs; empty is none.
+        load_in: precision of a local model; auto is the checkpoint's on CUDA, fp32 on the CPU.
+        batch_tokens: tokens a batch of a local model may hold.
+        overwrite: judge everything anew (what the cache knows is not asked again).
+        other_path: for jsft, another response to each instruction, in the same order.
+    """
+    settings = SimpleNamespace(**locals())
+    check(settings)
+    records = load_responses(settings)
+    output = Path(output_path)
+    if output.resolve() == Path(data_path).resolve():
+        raise InputError("--output_path is --data_path; choose another, so that both are kept")
+    if overwrite:
+        journal_file(output).unlink(missing_ok=True)
+    elif output.exists() and not journal_file(output).exists():
+        raise InputError(f"{output}: is there already, and not known to be made by this script; "
+                         "choose another --output_path, or --overwrite")
+    file, lines = open_journal(journal_file(output), identity(settings, records))
+    with file:
+        judged = {line["index"]: line for line in lines}
+        done = {index for index, line in judged.items() if line["status"] == "ok"}
+        if done:
+            print(f"{output}: {len(done)} of {len(records)} are judged already")
+        if len(done) < len(records):
+            annotate(settings, records, done, judged, file)
+    failed = finish(settings, records, judged)
+    if failed > max_failed * len(records):
+        sys.exit(1)
+
+
+def check(settings: SimpleNamespace) -> None:
+    """Stop at flags that cannot be meant; read the judge prompt."""
+    kind = settings.judge
+    if kind not in JUDGES:
+        raise InputError(f"--judge {kind!r}: expected one of {', '.join(JUDGES)}")
+    if not settings.output_path.endswith((".json", ".jsonl")):
+        raise InputError(f"--output_path {settings.output_path!r}: expected a .json or .jsonl file")
+    if settings.limit < 0 or not 0 <= settings.max_failed <= 1:
+        raise InputError(f"--limit {settings.limit} must be 0 (all) or more, and --max_failed "
+                         f"{settings.max_failed} a share between 0 and 1")
+    if kind in MODEL_IS and not settings.model:
+        raise InputError(f"--judge {kind} needs --model: {MODEL_IS[kind]}")
+    if kind == "jsft":
+        check_jsft(settings)
+    if kind in ("server", "local"):
+        settings.prompt = load_judge_prompt(
+            settings.template or {"server": "annotator", "local": "ai_judge"}[kind])
+    if kind == "local":
+        settings.model = resolve_model(settings.model)
+    if kind == "human":
+        settings.sheet = Path(settings.sheet or f"{settings.output_path}.sheet.csv")
+
+
+def check_jsft(settings: SimpleNamespace) -> None:
+    """Find the model, and the templates of its training."""
+    from self_judge.base import find_base
+
+    if not settings.other_path:
+        raise InputError("--judge jsft compares: it needs --other_path, another response to each "
+                         "instruction, as scripts/generate.py writes them with another --seed")
+    settings.base = find_base({"pretrained_model_name_or_path": settings.model})
+    template = settings.template or str(Path(settings.model) / "config.yaml")
+    if not Path(template).is_file():
+        raise InputError(f"--judge jsft: no such file {template}; name the YAML that has the "
+                         "`templates` of the model's training with --template")
+    settings.templates = read_templates(template)
+    if not settings.templates.rationale:
+        raise InputError(f"{template}: has no decision_rationale.rationale, so the model was not "
+                         "trained to say why; train one with configs/uf_jsft_pr.yaml")
+
+
+def load_responses(settings: SimpleNamespace) -> list[Record]:
+    """Records with instruction and output; the rules want constraints too, JSFT another output."""
+    records = read_records(settings.data_path)
+    required = {"constraints": (list,)} if settings.judge == "rules" else {}
+    check_fields(records, settings.data_path, {"instruction": (str,), "output": (str,), **required},
+                 {"input": (str, NoneType)})
+    if settings.judge == "jsft":
+        add_others(records, settings.other_path)
+    return records[:settings.limit or None]
+
+
+def add_others(records: list[Record], path: str) -> None:
+    """Put the outputs of another file beside those of the records, as `other`."""
+    others = read_records(path)
+    check_fields(others, path, {"instruction": (str,), "output": (str,)},
+                 {"input": (str, NoneType)})
+    for index, record in enumerate(records):
+        if index >= len(others) or join_input(others[index]) != join_input(record):
+            raise InputError(f"{path}: record {index}: is not a response to the instruction of "
+                             f"record {index} of --data_path; give responses in the same order")
+        record["other"] = others[index]["output"]
+
+
+def identity(settings: SimpleNamespace, records: list[Record]) -> dict:
+    """What the judgments depend on; they are not mixed with those of another one."""
+    found = {"judge": settings.judge, "records": digest(records), "seed": settings.seed}
+    if settings.judge in ("server", "local"):
+        found |= {"model": settings.model, "prompt": digest(vars(settings.prompt)),
+                  "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
+    if settings.judge == "jsft":
+        found |= {**model_settings(settings.base), "load_in": settings.load_in,
+                  "templates": digest(asdict(settings.templates)),
+                  "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
+    if settings.judge == "server":
+        found["base_url"] = settings.base_url
+    if settings.judge == "local":
+        found |= {"weights": fingerprint(Path(settings.model)), "load_in": settings.load_in}
+    return found
+
+
+def journal_file(output: Path) -> Path:
+    """Every judgment, in the judge's own words too."""
+    return output.with_name(output.name + ".judgments.jsonl")
+
+
+def annotate(settings: SimpleNamespace, records: list[Record], done: set[int],
+             judged: dict[int, Record], file: IO[str]) -> None:
+    """Ask for the judgments that are not `done`; note each in `judged` and the journal at once."""
+    from tqdm import tqdm
+
+    from lm.annotators import Question
+
+    questions = {index: Question.of(record) for index, record in enumerate(records)
+                 if index not in done}
+    judge, server = make_judge(settings)
+    spent = dict
+    if server:
+        server.budget.go_on_from(judged.values())
+        print(server.estimate(judge.requests(questions)))
+        spent = server.budget.spent
+    bar = tqdm(judge(questions), total=len(records), initial=len(done), unit="judgment")
+    try:
+        for index, judgment in bar:
+            judged[index] = {"index": index, "status": judgment.status, "judgment": judgment.text,
+                             "error": judgment.error, "raw": judgment.raw, **spent()}
+            append(file, judged[index])
+            if server:
+                bar.set_postfix_str(f"${server.budget.cost:.2f}")
+    except InputError as error:
+        raise InputError(f"{error} ({told(count(records, judged))})") from error
+
+
+def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
+    """The judge, and the server behind it if there is one."""
+    from lm import annotators
+
+    if settings.judge == "rules":
+        return annotators.RuleJudge(settings.seed), None
+    if settings.judge == "human":
+        return annotators.HumanJudge(settings.sheet), None
+    asked = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "seed")}
+    if settings.judge == "jsft":
+        from self_judge.annotator import JsftJudge
+        from self_judge.base import load_base
+
+        return JsftJudge(load_base(settings.base, precision(settings.load_in)),
+                         load_tokenizer(settings.base.model), settings.templates,
+                         batch_tokens=settings.batch_tokens, **asked), None
+    asked["prompt"] = settings.prompt
+    if settings.judge == "local":
+        model, tokenizer = load(settings.model, None, settings.load_in)
+        return annotators.LocalJudge(model, tokenizer, batch_tokens=settings.batch_tokens,
+                                     **asked), None
+    from lm.server import Server
+
+    server = Server(settings.model, settings.base_url,
+                    **{name: getattr(settings, name) for name in SERVER_FLAGS})
+    return annotators.ServerJudge(server, **asked), server
+
+
+def finish(settings: SimpleNamespace, records: list[Record], judged: dict[int, Record]) -> int:
+    """Write the output and its summary; how many judgments have failed."""
+    output = Path(settings.output_path)
+    counts = count(records, judged)
+    good = [record_of(record, judged[index]) for index, record in enumerate(records)
+            if judged[index]["status"] == "ok"]
+    print(f"{output}: {told(counts)}")
+    failed = [line for line in judged.values() if line["status"] == "failed"]
+    for line in failed[:3]:
+        print(f"  record {line['index']} failed: {line['error']}")
+    if failed:
+        print(f"  the same command asks for these {len(failed)} again; {journal_file(output)} has "
+              "the judge's words")
+    if good:
+        write_records(output, good)
+    write_json(output.with_name(output.name + ".summary.json"),
+               {**counts, "settings": identity(settings, records)})
+    return len(failed)
+
+
+def count(records: list[Record], judged: dict[int, Record]) -> dict[str, float]:
+    """Judgments by kind, and what they took."""
+    ok = [line for line in judged.values() if line["status"] == "ok"]
+    positive = sum(line["judgment"] is None for line in ok)
+    return {"responses": len(records), "positive": positive, "negative": len(ok) - positive,
+            "failed": len(judged) - len(ok),
+            **{name: max((line.get(name, 0) for line in judged.values()), default=0)
+               for name in ("requests", "cost")}}
+
+
+def told(counts: Mapping[str, float]) -> str:
+    """The counts in a line."""
+    left = counts["responses"] - sum(counts[name] for name in ("positive", "negative", "failed"))
+    return (f"{counts['responses']} responses: {counts['positive']} positive, "
+            f"{counts['negative']} negative, {counts['failed']} failed"
+            + (f", {left} not judged yet" if left else "")
+            + (f"; {counts['requests']} requests, ${counts['cost']:.4f}" if counts["requests"]
+               else ""))
+
+
+def record_of(record: Record, line: Record) -> Record:
+    """The record with this judgment in the place of an earlier one."""
+    kept = {key: value for key, value in record.items() if key not in OF_ANOTHER_JUDGMENT}
+    return {**kept, "input": record.get("input") or "", "judgment": line["judgment"]}
+
+
+def write_records(output: Path, records: list[Record]) -> None:
+    """A JSON list or JSON Lines, whole."""
+    if output.suffix == ".json":
+        write_json(output, records)
+    else:
+        write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n"
+                                   for record in records))
+
+
+if __name__ == "__main__":
+    run(main)

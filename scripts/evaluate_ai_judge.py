@@ -1,0 +1,111 @@
+"""Does a judge agree with judgments that are known? Readable ones, and decisions that are right.
+
+    python scripts/annotate.py --data_path known.json --output_path judged.json --judge local \\
+        --model runs/ai_judge/model --max_failed 1
+    python scripts/evaluate_ai_judge.py --truth known.json --judged judged.json
+
+A decision is whether anything is wrong with a response; what the judgments say is shown, not
+counted. Any judge of scripts/annotate.py can be measured. Cost: no money, a second on a CPU.
+"""
+
+import random
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run
+from lm.journal import digest
+from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
+from lm.shares import Share, wilson
+from lm.tables import table
+from scripts.annotate import journal_file
+
+MEANINGS = {
+    "readable": "judgments that could be read",
+    "right": "of these, right about whether there is a fault",
+    "right_perfect": "... of responses without a fault",
+    "right_faulty": "... of responses with one",
+    "majority": "right, had it always said what is more frequent",
+}
+
+
+def main(truth: str, judged: str, output: str = "", show: int = 3) -> None:
+    """Print shares with 95 % intervals, and some judgments beside the known ones.
+
+    Args:
+        truth: records with `judgment`, null where nothing is wrong: the --data_path of annotate.py.
+        judged: the --output_path of annotate.py; what it wrote beside that is read.
+        output: JSON file for the numbers; none if empty.
+        show: so many responses are shown with both judgments.
+    """
+    records = read_records(truth)
+    check_fields(records, truth, {"instruction": (str,), "output": (str,),
+                                  "judgment": (str, NoneType)})
+    settings, lines = read_judgments(Path(judged), truth, records)
+    shares = agreement(records, lines)
+    name = settings.get("model", settings["judge"])
+    print("\n".join([f"{name}, {len(records)} known judgments", "", *report(shares)]))
+    print("\n".join(side_by_side(records, lines, show)))
+    if output:
+        write_json(output, {"benchmark": "ai_judge", "model": name, "truth": truth,
+                            "metrics": {key: asdict(share) for key, share in shares.items()}})
+        print(f"\nwritten: {output}")
+
+
+def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Record, list[Record]]:
+    """The settings of annotate.py, and the last line that it wrote about each record."""
+    settings, *lines = read_records(journal_file(judged))
+    if settings.get("records") != digest(records):
+        raise InputError(f"{judged}: is not what annotate.py makes of {truth}; judge that file, "
+                         "all of it")
+    last = {line["index"]: line for line in lines}
+    if missing := [index for index in range(len(records)) if index not in last]:
+        raise InputError(f"{judged}: record {missing[0]} and {len(missing) - 1} more are not "
+                         "judged yet; run annotate.py to its end")
+    return settings, [last[index] for index in range(len(records))]
+
+
+def agreement(records: list[Record], lines: list[Record]) -> dict[str, Share]:
+    """The shares of MEANINGS; a share of nothing is left out."""
+    both = [(record["judgment"] is None, line["judgment"] is None)
+            for record, line in zip(records, lines, strict=True) if line["status"] == "ok"]
+    right = [(known, known == said) for known, said in both]
+    perfect = sum(known for known, _ in both)
+    counted = {
+        "readable": [line["status"] == "ok" for line in lines],
+        "right": [hit for _, hit in right],
+        "right_perfect": [hit for known, hit in right if known],
+        "right_faulty": [hit for known, hit in right if not known],
+        "majority": [known == (2 * perfect >= len(both)) for known, _ in both],
+    }
+    return {name: wilson(sum(hits), len(hits)) for name, hits in counted.items() if hits}
+
+
+def report(shares: dict[str, Share]) -> Iterator[str]:
+    """What is printed."""
+    yield table(["", "of", "share, %", "95 % interval"], [
+        [MEANINGS[name], str(share.total), f"{100 * share.share:.1f}",
+         f"{100 * share.low:.1f} to {100 * share.high:.1f}"] for name, share in shares.items()])
+
+
+def side_by_side(records: list[Record], lines: list[Record], count: int) -> Iterator[str]:
+    """Some responses with the known judgment and the judge's, a fixed draw."""
+    order = random.Random(0).sample(range(len(records)), len(records))
+    for index in order[:count]:
+        record, line = records[index], lines[index]
+        said = line["judgment"] if line["status"] == "ok" else f"({line['error']}) {line['raw']}"
+        yield ""
+        for head, text in (("instruction", join_input(record)), ("response", record["output"]),
+                           ("known", record["judgment"]), ("judge", said)):
+            short = textwrap.shorten("(nothing is wrong)" if text is None else text, 300)
+            yield from textwrap.wrap(short, 100, initial_indent=f"{head:>11}  ",
+                                     subsequent_indent=" " * 13)
+
+
+if __name__ == "__main__":
+    run(main)

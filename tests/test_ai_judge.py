@@ -1,0 +1,103 @@
+"""What the AI judge learns, and how it is measured. Run: pytest tests/test_ai_judge.py -n0"""
+
+import json
+
+import pytest
+
+from lm.journal import digest
+from lm.records import InputError, read_records
+from lm.verdicts import load_judge_prompt
+from scripts import evaluate_ai_judge, make_judge_data
+
+PROMPT = load_judge_prompt("ai_judge")
+
+
+def write(path, records) -> str:
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+@pytest.fixture
+def known(tmp_path) -> str:
+    """Two responses to each of ten instructions; one judgment has failed."""
+    return write(tmp_path / "known.json", [
+        {"instruction": f"Say {number // 2}.", "input": "la" if number == 4 else "",
+         "output": f"Answer {number}.", "judgment":
+         "$ERROR$" if number == 7 else None if number % 3 else f"Wrong {number}."}
+        for number in range(20)])
+
+
+def test_what_is_learnt_is_the_prompt_and_a_judgment_that_is_read_back(known, tmp_path, capsys):
+    make_judge_data.main(known, str(tmp_path / "new" / "data"), held_out=4)
+    train = read_records(tmp_path / "new/data/train.json")
+    held_out = read_records(tmp_path / "new/data/held_out.json")
+    assert len(train) + len(held_out) == 19 and len(held_out) in (4, 5)
+    assert "1 failed judgments left out" in capsys.readouterr().out
+    expected = {PROMPT.render(record["instruction"] + ("\nla" if record["input"] else ""),
+                              record["output"]): record["judgment"]
+                for record in read_records(known) if record["judgment"] != "$ERROR$"}
+    for record in train:
+        assert record["judgment"] is None and not record["input"]
+        assert PROMPT.read(record["output"]).text == expected[record["instruction"]]
+    assert {record["output"].splitlines()[-1] for record in train} == {"Yes.", "No."}
+    asked = {record["instruction"] for record in held_out}
+    assert all(f"### Instruction:\n{instruction}\n" not in record["instruction"]
+               for instruction in asked for record in train)
+    assert {*map(str, expected.values())} >= {str(record["judgment"]) for record in held_out}
+
+
+def test_less_data_is_part_of_more_and_the_held_out_part_stays(known, tmp_path):
+    found = {}
+    for limit in (0, 10, 5):
+        make_judge_data.main(known, str(tmp_path / str(limit)), held_out=4, limit=limit)
+        found[limit] = [read_records(tmp_path / str(limit) / f"{name}.json")
+                        for name in ("train", "held_out")]
+    assert found[5][0] == found[10][0][:5] == found[0][0][:5] and len(found[10][0]) == 10
+    assert found[5][1] == found[10][1] == found[0][1]
+    make_judge_data.main(f"{known},{known}", str(tmp_path / "twice"), held_out=4)
+    assert len(read_records(tmp_path / "twice/train.json")) >= 30
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"held_out": 19}, "--held_out 19 leaves nothing of 19 responses"),
+    ({"held_out": 0}, "1 or more"), ({"limit": -1}, "must be 0"),
+    ({"template": "annotator"}, "has no target to learn")])
+def test_bad_flags_are_one_line(known, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        make_judge_data.main(known, str(tmp_path), **change)
+
+
+def judge(tmp_path, truth: str, said: list, records=None) -> str:
+    """What annotate.py leaves: a text, None for perfect, or "!" for a failure."""
+    lines = [{"records": digest(records or read_records(truth)), "judge": "local", "model": "m"}]
+    for index, text in enumerate(said):
+        lines += [{"index": index, "status": "failed", "judgment": None, "error": "e", "raw": "r"},
+                  {"index": index, "status": "failed" if text == "!" else "ok", "error": "",
+                   "judgment": None if text == "!" else text, "raw": text or "Yes."}]
+    (tmp_path / "judged.json.judgments.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(tmp_path / "judged.json")
+
+
+def test_agreement_is_counted_on_what_could_be_read(tmp_path, capsys):
+    """Six known: perfect 4 times. Of five read, 2 of 3 perfect ones and 1 of 2 faulty are right."""
+    truth = write(tmp_path / "truth.json", [
+        {"instruction": f"Q{number}", "output": "O", "judgment": text}
+        for number, text in enumerate([None, None, None, None, "Bad.", "Worse."])])
+    judged = judge(tmp_path, truth, [None, None, "Hm.", "!", "Awful.", None])
+    evaluate_ai_judge.main(truth, judged, str(tmp_path / "r.json"), show=6)
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert {name: (share["hits"], share["total"]) for name, share in metrics.items()} == {
+        "readable": (5, 6), "right": (3, 5), "right_perfect": (2, 3), "right_faulty": (1, 2),
+        "majority": (3, 5)}
+    printed = capsys.readouterr().out
+    assert "m, 6 known judgments" in printed and "83.3" in printed
+    assert "      known  Worse." in printed and "      judge  (nothing is wrong)" in printed
+
+
+def test_judgments_of_other_records_or_of_some_are_refused(tmp_path):
+    truth = write(tmp_path / "truth.json", [{"instruction": "Q", "output": "O", "judgment": None},
+                                            {"instruction": "R", "output": "O", "judgment": "x"}])
+    with pytest.raises(InputError, match="record 1 and 0 more are not judged yet"):
+        evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None]))
+    with pytest.raises(InputError, match=r"is not what annotate\.py makes of"):
+        evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None, None], [{"other": 1}]))

@@ -1,0 +1,333 @@
+"""lm/server.py against a server that misbehaves: nothing lost, nothing asked twice, no secrets out.
+
+    python -m pytest tests/test_server.py -n0
+"""
+
+import collections
+import doctest
+import email.utils
+import os
+import threading
+import time
+from pathlib import Path
+
+import diskcache
+import pytest
+from fault_server import HANG, FaultServer
+
+import lm.budget
+import lm.replies
+import lm.threads
+import lm.verdicts
+from lm.budget import Budget, BudgetSpent, Pace, price_of, tokens_of
+from lm.records import InputError
+from lm.replies import Request
+from lm.server import FAILURES_IN_A_ROW, Server, generate_on
+from lm.threads import in_threads
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.mark.parametrize("module", [lm.budget, lm.replies, lm.threads, lm.verdicts])
+def test_docstring_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert not failed and attempted
+
+
+def connect(server: FaultServer, tmp_path: Path | None = None, **options) -> Server:
+    cache = str(tmp_path / "cache") if tmp_path else ""
+    return Server("gpt-4", server.url, **{"cache": cache, "first_wait": 0.01, "attempts": 4,
+                                          "timeout": 20, **options})
+
+
+def questions(count: int) -> dict[int, Request]:
+    return {index: Request([{"role": "user", "content": f"Q{index}."}]) for index in range(count)}
+
+
+def echo(text: str) -> str:
+    return f"answer to {text}"
+
+
+PASSING = ["429", "500", "503", "408", "half", "drop", "empty", "html", "429 Retry-After: 0"]
+
+
+def test_every_passing_fault_is_tried_again_and_nothing_is_asked_twice(tmp_path):
+    plan = {f"Q{index}.": [fault] for index, fault in enumerate(PASSING)}
+    with FaultServer(plan, echo) as server:
+        client = connect(server, tmp_path)
+        replies = dict(client.ask(questions(12)))
+        assert {index: reply.text for index, reply in replies.items()} == {
+            index: f"answer to Q{index}." for index in range(12)}
+        assert not any(reply.error or reply.cached for reply in replies.values())
+        asked = collections.Counter(server.asked)
+        assert all(asked[f"Q{index}."] == 1 + (index < len(PASSING)) for index in range(12))
+        again = dict(connect(server, tmp_path).ask(questions(13)))
+        assert server.asked[-1] == "Q12." and len(server.asked) == 12 + len(PASSING) + 1
+        assert [again[index].cached for index in range(13)] == [True] * 12 + [False]
+        assert [again[index].text for index in range(12)] == [
+            replies[index].text for index in range(12)]
+
+
+def test_hanging_server_is_left_after_the_time_out(tmp_path):
+    with FaultServer({"Q0.": ["hang"]}, echo) as server:
+        start = time.monotonic()
+        replies = dict(connect(server, timeout=1).ask(questions(3)))
+        assert time.monotonic() - start < HANG
+    assert [replies[index].text for index in range(3)] == [f"answer to Q{i}." for i in range(3)]
+    assert server.asked.count("Q0.") == 2
+
+
+@pytest.mark.parametrize(("fault", "attempts", "message"), [
+    ("429!", 4, "429"), ("500!", 4, "500"), ("half!", 4, "broken reply"),
+    ("empty!", 4, "empty reply"), ("drop!", 4, "Connection error"), ("hang!", 2, "timed out"),
+    ("400!", 1, "400"), ("403!", 1, "403"), ("429 Retry-After: 4000!", 1, "429"),
+    ("refusal", 1, "refused: I will not judge this."), ("filter", 1, "content filter")])
+def test_lasting_failure_is_recorded_and_asked_again_the_next_time(fault, attempts, message,
+                                                                  tmp_path):
+    with FaultServer({"Q1.": [fault]}, echo) as server:
+        client = connect(server, tmp_path, **({"timeout": 1, "attempts": 2} if "hang" in fault
+                                              else {}))
+        replies = dict(client.ask(questions(3)))
+        assert message in replies[1].error and replies[1].text == ""
+        assert replies[1].error and "\n" not in replies[1].error
+        assert not replies[0].error and not replies[2].error
+        assert server.asked.count("Q1.") == attempts
+        server.plan.clear()
+        again = dict(connect(server, tmp_path).ask(questions(3)))
+        assert again[1].text == "answer to Q1." and server.asked.count("Q1.") == attempts + 1
+        assert len(server.asked) == attempts + 1 + 2
+
+
+@pytest.mark.parametrize("header", ["Retry-After: 1", "Retry-After: {date}",
+                                    "Retry-After-Ms: 1000"])
+def test_all_wait_as_long_as_the_server_asks(header):
+    date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
+    with FaultServer({"Q0.": [f"429 {header.format(date=date)}"]}, echo) as server:
+        dict(connect(server, concurrency=1).ask(questions(2)))
+    first, *rest = server.times
+    assert len(rest) == 2 and min(rest) - first > 0.95
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("401!", "the key is refused .* OPENAI_API_KEY"), ("404!", "no model gpt-4"),
+    ("credit!", "out of credit")])
+def test_hopeless_answers_stop_everything(fault, message):
+    with FaultServer({"Q": [fault]}) as server:
+        with pytest.raises(InputError, match=message) as error:
+            dict(connect(server, concurrency=2).ask(questions(50)))
+        assert len(server.asked) <= 4
+        assert "secret" not in str(error.value)
+
+
+def test_a_server_that_fails_all_the_time_is_left_alone():
+    with FaultServer({"Q": ["500!"]}) as server:
+        replies = {}
+        with pytest.raises(InputError, match=f"{FAILURES_IN_A_ROW} requests in a row failed"):
+            for index, reply in connect(server, attempts=1, concurrency=2).ask(questions(100)):
+                replies[index] = reply
+        assert FAILURES_IN_A_ROW <= len(replies) <= FAILURES_IN_A_ROW + 2
+        assert len(server.asked) == len(replies)  # what was asked was also yielded
+
+
+def test_no_server_is_said_soon():
+    client = Server("m", "http://127.0.0.1:9/v1", first_wait=0.01, concurrency=2)
+    with pytest.raises(InputError, match="no server answers there"):
+        dict(client.ask(questions(30)))
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capfd):
+    with FaultServer({"Q0.": ["400!"], "Q1.": ["500!"]}, echo) as server:
+        client = connect(server, tmp_path)
+        replies = dict(client.ask(questions(3)))
+        print(client.estimate(questions(3)))
+    assert server.keys == {"Bearer sk-secret-0123456789"}
+    assert all("[key]" in replies[index].error for index in (0, 1))  # the server repeats it
+    cache = diskcache.Cache(tmp_path / "cache", disk=diskcache.JSONDisk)
+    written = str([(key, cache[key]) for key in cache])
+    assert "answer to Q2." in written
+    assert "secret" not in written + "".join(capfd.readouterr()) + str(replies)
+
+
+def test_the_hosted_service_needs_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        Server("gpt-4")
+    assert Server("m", "http://127.0.0.1:9/v1").base_url == "http://127.0.0.1:9/v1"
+
+
+def test_equal_requests_are_sent_once_and_different_ones_are_not_mixed_up(tmp_path):
+    with FaultServer(answer=echo) as server:
+        client = connect(server, tmp_path, price_in=1, price_out=1)
+        same = {index: Request("Q.") for index in range(5)}
+        replies = dict(client.ask({**same, 5: Request("Q.", seed=1), 6: Request("Q.", 7),
+                                   7: Request("Q.", temperature=0.5),
+                                   8: Request([{"role": "user", "content": "Q."}])}))
+        assert len(server.asked) == 5 and {reply.text for reply in replies.values()} == {
+            "answer to Q."}
+        assert sum(reply.cost for reply in replies.values()) == pytest.approx(5 * 15e-6)
+        other = Server("other", server.url, cache=str(tmp_path / "cache"))
+        assert not dict(other.ask(same))[0].cached
+
+
+def test_what_is_sent():
+    with FaultServer() as server:
+        client = connect(server)
+        dict(client.ask({0: Request("Q.", 7, 0.5, 0.9, seed=3),
+                         1: Request([{"role": "user", "content": "R."}], temperature=-1)}))
+    completion, chat = sorted(server.bodies, key=lambda body: "messages" in body)
+    assert completion == {"model": "gpt-4", "prompt": "Q.", "max_tokens": 7, "temperature": 0.5,
+                          "top_p": 0.9, "seed": 3}
+    assert chat == {"model": "gpt-4", "messages": [{"role": "user", "content": "R."}],
+                    "max_tokens": 512}
+
+
+def test_forgotten_replies_are_asked_again(tmp_path):
+    with FaultServer(answer=echo) as server:
+        client = connect(server, tmp_path)
+        dict(client.ask(questions(2)))
+        client.forget(questions(2)[1])
+        dict(client.ask(questions(2)))
+        assert sorted(server.asked) == ["Q0.", "Q1.", "Q1."]
+
+
+def test_concurrency_and_pace():
+    with FaultServer(delay=0.05) as server:
+        dict(connect(server, concurrency=3).ask(questions(12)))
+        assert 1 < server.most_under_way <= 3
+        server.times.clear()
+        dict(connect(server, requests_per_minute=600).ask(questions(6)))
+    assert max(server.times) - min(server.times) > 0.4  # 0.1 s each
+
+
+def test_budget_of_requests_stops_cleanly_and_the_rest_is_asked_later(tmp_path):
+    with FaultServer({"Q0.": ["500"]}, echo) as server:
+        client, replies = connect(server, tmp_path, max_requests=6), {}
+        with pytest.raises(BudgetSpent, match="budget of 6 requests is spent"):
+            for index, reply in client.ask(questions(10)):
+                replies[index] = reply
+        assert len(server.asked) == 6 == client.budget.requests  # attempts count
+        assert len(replies) in (4, 5) and not any(r.error for r in replies.values())
+        rest = dict(connect(server, tmp_path).ask(questions(10)))
+        assert len(rest) == 10 and len(server.asked) == 6 + 10 - len(replies)
+
+
+def test_budget_of_money_is_never_exceeded(tmp_path):
+    """10 prompt and 5 new tokens cost $0.00025 here; the most that one can cost is set aside."""
+    prices = {"price_in": 10, "price_out": 30, "max_cost": 0.02}
+    with FaultServer(answer=echo, delay=0.02) as server:
+        client, replies = connect(server, **prices), {}
+        with pytest.raises(BudgetSpent, match=r"higher --max_cost"):
+            for index, reply in client.ask(questions(100)):
+                replies[index] = reply
+        most = client.price.of(tokens_of("user\nQ10."), 512)
+        assert 0.02 - most < client.budget.cost <= 0.02
+        assert client.budget.cost == pytest.approx(len(replies) * 0.00025)
+        assert sum(r.cost for r in replies.values()) == pytest.approx(client.budget.cost)
+        more = connect(server, **prices)
+        more.budget.go_on_from([{"index": 0}, client.budget.spent()])
+        with pytest.raises(BudgetSpent):
+            dict(more.ask(questions(100)))
+    assert len(server.asked) == len(replies)
+
+
+def test_a_reply_that_was_lost_counts_in_full_and_one_that_was_refused_does_not():
+    with FaultServer({"Q0.": ["hang!"], "Q1.": ["500!"]}) as server:
+        client = connect(server, attempts=1, timeout=1, price_in=10, price_out=30)
+        dict(client.ask(questions(2)))
+    assert client.budget.cost == client.price.of(tokens_of("user\nQ0."), 512)
+
+
+def test_budget_waits_for_what_others_have_set_aside():
+    budget = Budget(max_cost=1.0)
+    budget.reserve(0.9)
+    threading.Timer(0.1, budget.settle, (0.9, 0.1)).start()
+    budget.reserve(0.8)
+    budget.settle(0.8, 0.8)
+    with pytest.raises(BudgetSpent):
+        budget.reserve(0.2)
+
+
+def test_prices(monkeypatch):
+    hosted = "https://api.openai.com/v1"
+    assert price_of("gpt-4-0613", hosted).of(1_000_000, 1_000_000) == 90
+    assert price_of("gpt-4o-2024-08-06", hosted) == price_of("gpt-4o", hosted)
+    assert price_of("gpt-4o-mini", hosted) != price_of("gpt-4o", hosted)
+    assert not price_of("gpt-4-of-mine", hosted).known
+    assert price_of("gpt-4", "http://localhost:8000/v1").of(1000, 1000) == 0
+    assert price_of("x", hosted, 2, 0).of(1_000_000, 5) == 2
+    with pytest.raises(InputError, match="belong together"):
+        price_of("x", hosted, 2)
+    with pytest.raises(InputError, match="needs the price of mine"):
+        Server("mine", "https://example.org/v1", max_cost=1)
+
+
+def test_estimate_says_what_is_left(tmp_path):
+    with FaultServer(answer=echo) as server:
+        client = connect(server, tmp_path, price_in=10, price_out=30)
+        dict(client.ask(questions(2)))
+        said = client.estimate(questions(5))
+    assert "3 requests" in said and "2 more are answered in the cache" in said
+    assert "1536 new ones" in said and "$0.05" in said
+
+
+def test_pace_pauses_everybody():
+    pace, stop = Pace(), threading.Event()
+    pace.pause(0.2)
+    start = time.monotonic()
+    pace.wait(stop)
+    assert time.monotonic() - start >= 0.19
+
+
+def test_threads_finish_what_they_began_and_raise_what_went_wrong():
+    def call(item):
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    done = {}
+    with pytest.raises(ValueError, match="three"):
+        for key, result in in_threads(call, dict.fromkeys(range(3)) | {3: 3}, 1, threading.Event()):
+            done[key] = result
+    assert set(done) == {0, 1, 2}
+
+
+def test_generation_streams_and_fails_at_the_end():
+    with FaultServer({"Q1.": ["400!"]}, echo) as server:
+        done = {}
+        with pytest.raises(InputError, match="1 of 3 requests failed"):
+            for index, response in generate_on(connect(server), {i: f"Q{i}." for i in range(3)},
+                                               max_new_tokens=9, temperature=1.0, top_p=0.9):
+                done[index] = response
+    assert {index: response.text for index, response in done.items()} == {
+        0: "answer to Q0.", 2: "answer to Q2."}
+    assert done[0].finish_reason == "stop"
+    assert len({body["seed"] for body in server.bodies}) == 3
+    assert {body["max_tokens"] for body in server.bodies} == {9}
+
+
+def gguf() -> str:
+    return os.environ.get("GGUF", "")
+
+
+@pytest.mark.skipif(not gguf(), reason="set GGUF to a .gguf file, and pip install xllamacpp")
+def test_a_real_server(tmp_path):
+    """llama.cpp with a real small model: both kinds of request, from several threads."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = gguf()
+    parameters.n_ctx, parameters.n_parallel = 2048, 2
+    parameters.cpuparams.n_threads = 1
+    serving = xllamacpp.Server(parameters)
+    client = Server("smollm2", f"{serving.listening_address}/v1", cache=str(tmp_path))
+    requests = {0: Request([{"role": "user", "content": "What is the capital of France?"}], 30),
+                1: Request("The capital of France is", 5), 2: Request("One, two, three,", 5)}
+    replies = dict(client.ask(requests))
+    assert not any(reply.error for reply in replies.values())
+    assert all(reply.text for reply in replies.values()) and "four" in replies[2].text
+    assert replies[1].finish_reason == "length" and replies[1].new_tokens == 5
+    assert all(reply.prompt_tokens for reply in replies.values())
+    assert all(reply.cached for reply in dict(client.ask(requests)).values())
