@@ -51,6 +51,7 @@ def _unverified(prefix: str, *names: str) -> tuple[DataFile, ...]:
 
 CUT_ITER = "https://raw.githubusercontent.com/wwxu21/CUT/HEAD/data/iter/"
 SHEPHERD = "https://raw.githubusercontent.com/facebookresearch/Shepherd/HEAD/data/"
+FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/HEAD/fastchat/llm_judge/data/"
 
 DATA_SETS = (
     DataSet(
@@ -139,6 +140,30 @@ DATA_SETS = (
                     "alpaca_data.json"),
         "Not checked: `instruction`, `input` (often empty), `output` (text).",
     ),
+    DataSet(
+        "mt_bench",
+        "MT-Bench: 80 questions of two turns in eight categories; GPT-4's answers to those of "
+        "math, coding and reasoning, for the judge to compare with. "
+        "`scripts/generate_dialogues.py` answers them, `scripts/evaluate_mt_bench.py` has the "
+        "answers scored.",
+        "https://github.com/lm-sys/FastChat",
+        "Apache-2.0 (the repository's)",
+        (DataFile("question.jsonl", FASTCHAT + "mt_bench/question.jsonl", 80),
+         DataFile("reference_answer/gpt-4.jsonl",
+                  FASTCHAT + "mt_bench/reference_answer/gpt-4.jsonl")),
+        "Not checked: `question_id` (number), `category` (text), `turns` (list of texts), "
+        "`reference` (list of texts; not everywhere). References: `question_id`, `choices` (list "
+        "of {`turns`: list of texts}).",
+    ),
+    DataSet(
+        "vicuna",
+        "VicunaEval: 80 questions of one turn; `scripts/evaluate_vicuna.py` has two models' "
+        "answers compared.",
+        "https://github.com/lm-sys/FastChat",
+        "Apache-2.0 (the repository's)",
+        (DataFile("question.jsonl", FASTCHAT + "vicuna_bench/question.jsonl", 80),),
+        "Not checked: `question_id` (number), `category` (text), `turns` (list of one text).",
+    ),
 )
 
 README_TOP = """\
@@ -167,6 +192,9 @@ words.
 record, judgment null where every constraint holds |
 | `data/sample/validation.jsonl` | `{id, instruction, constraints}`: to choose settings on |
 | `data/sample/heldout.jsonl` | `{id, instruction, constraints}`: to measure on |
+| `data/sample/instructions.jsonl` | `{id, instruction, constraints}`: for online rounds |
+| `data/sample/preferences/*.jsonl` | UltraFeedback's schema and `constraints`: rated answers, the true winner known |
+| `data/sample/preferences/hh_*.jsonl` | HH's schema: the same answers, a pair a line |
 """
 
 

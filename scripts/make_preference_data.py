@@ -5,8 +5,7 @@
 1. answers: as for data/sample, several to each prompt, sampled from the embedded model
 2. pools: the decent ones by topic, whatever the constraint they were sampled under
 3. exercises: new prompts, topics x tasks x constraints, to which a topic's pool holds answers that
-   satisfy the constraint and answers that do not. The kinds are opposites (at most and at least so
-   many words, with and without a word), so only who reads the constraint can tell the two apart
+   satisfy the constraint and answers that do not
 4. ratings: IFEval's checkers decide on instruction_following, what a program can see of the answer
    on helpfulness; the rest is N/A
 5. files: SPLIT.jsonl in UltraFeedback's schema, hh_SPLIT.jsonl in HH's, a pair a line
@@ -39,6 +38,7 @@ from scripts.make_sample_data import (
 )
 
 WORDS = "length_constraints:number_words"
+COMMA = "punctuation:no_comma"
 
 
 def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
@@ -111,39 +111,28 @@ def _exercises(kind: str, settings: dict, split: str, pools: dict[str, list[str]
     choice = settings["preferences"]
     tasks, wordings = (in_turn(settings["tasks"], draw),
                        in_turn(choice["wordings"][split][kind], draw))
-    words = words_of(settings["topics"][split])
+    numbers = choice["numbers"][split] if kind == "at_most" else [0]
     most = choice["completions_per_sign"]
     for topic in in_turn(sorted(pools), draw):
-        values = choice["numbers"][split] if kind.startswith("at_") else words[topic]
-        for value in draw.sample(values, len(values)):
-            constraints = [constraint(kind, value)]
+        for n in draw.sample(numbers, len(numbers)):
+            constraints = [constraint(kind, n)]
             signs = [all(satisfied(constraints, text)) for text in pools[topic]]
             good, bad = ([text for text, sign in zip(pools[topic], signs, strict=True)
                           if sign == wanted] for wanted in (True, False))
             if good and bad:
                 task = next(tasks).format(topic=topic)
-                yield {"instruction": next(wordings).format(task=task, value=value),
+                yield {"instruction": next(wordings).format(task=task, n=n),
                        "constraints": constraints,
                        "good": draw.sample(good, min(most, len(good))),
                        "bad": draw.sample(bad, min(most, len(bad)))}
                 break
 
 
-def words_of(topics: list[str]) -> dict[str, list[str]]:
-    """The lines of topics -> for each topic's name the words that an answer may have or lack."""
-    parts = [[part.strip() for part in line.split("|")] for line in topics]
-    return {topic: words for topic, *words in parts}
-
-
-def constraint(kind: str, value: int | str) -> dict:
+def constraint(kind: str, n: int) -> dict:
     """A constraint as IFEval's checkers take it; their "less than" is strict."""
-    if kind in ("at_most", "at_least"):
-        bounds = {"at_most": ("less than", 1), "at_least": ("at least", 0)}
-        relation, more = bounds[kind]
-        return {"kind": WORDS, "kwargs": {"num_words": value + more, "relation": relation}}
-    name, key = {"include": ("existence", "keywords"),
-                 "avoid": ("forbidden_words", "forbidden_words")}[kind]
-    return {"kind": f"keywords:{name}", "kwargs": {key: [value]}}
+    if kind == "no_comma":
+        return {"kind": COMMA, "kwargs": {}}
+    return {"kind": WORDS, "kwargs": {"num_words": n + 1, "relation": "less than"}}
 
 
 def uf_record(exercise: dict, stems: dict[str, set[str]], seed: int) -> Record:
@@ -184,18 +173,13 @@ def helpfulness(text: str, stems: set[str]) -> tuple[int, str]:
 def praise(exercise: Record, text: str, seed: int) -> str:
     """How the answer satisfies the constraint, in words that vary with seed and texts alone."""
     (given,) = exercise["constraints"]
-    kwargs, count = given["kwargs"], len(WORD.findall(text))
-    if given["kind"] == WORDS:
-        least = kwargs["relation"] == "at least"
-        bound = kwargs["num_words"] - (not least)
-        said = [f"It has {count} words, as {'at least' if least else 'at most'} {bound} were "
-                "asked for.", f"{count} words are {'long' if least else 'short'} enough."]
-    elif "keywords" in kwargs:
-        word = kwargs["keywords"][0]
-        said = [f"It says \"{word}\", as was asked.", f"The word \"{word}\" is there."]
+    count = len(WORD.findall(text))
+    if given["kind"] == COMMA:
+        said = ["It has no comma, as was asked.", "No comma anywhere, as demanded."]
     else:
-        word = kwargs["forbidden_words"][0]
-        said = [f"It does without \"{word}\", as was asked.", f"\"{word}\" does not occur."]
+        limit = given["kwargs"]["num_words"] - 1
+        said = [f"It has {count} words, within the limit of {limit}.",
+                f"Short enough: {count} words of {limit}."]
     return random.Random(f"{seed} {exercise['instruction']} {text}").choice(said)
 
 

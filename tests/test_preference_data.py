@@ -24,7 +24,7 @@ from scripts.make_preference_data import (
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample"
 SETTINGS = yaml.safe_load((SAMPLE / "ingredients.yaml").read_text(encoding="utf-8"))
 SPLITS = ("train", "validation", "heldout")
-KINDS = {"at_most", "at_least", "include", "avoid"}
+KINDS = {"at_most", "no_comma"}
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,6 @@ def test_kinds_are_equally_often_in_every_split(records):
         assert set(kinds) == KINDS and len(set(kinds.values())) == 1
 
 
-def test_the_longer_answer_is_the_better_one_about_as_often_as_the_shorter(pairs):
-    for split in SPLITS:
-        longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs[split])
-        assert 0.4 < longer / len(pairs[split]) < 0.6, split
-
-
 def test_splits_share_no_prompt_no_wording_and_no_answer(records):
     for texts in (
         {split: {record["instruction"] for record in records[split]} for split in SPLITS},
@@ -94,16 +88,12 @@ def test_the_folder_is_small():
 def test_bounds_are_what_the_words_say():
     nine = "one two three four five six seven eight nine"
     assert len(WORD.findall(nine)) == 9
-    for kind, value, holds in (
-            ("at_most", 9, True), ("at_most", 8, False), ("at_least", 9, True),
-            ("at_least", 10, False), ("include", "six", True), ("include", "ten", False),
-            ("avoid", "six", False), ("avoid", "ten", True)):
-        assert satisfied([constraint(kind, value)], nine) == [holds], (kind, value)
+    for kind, n, holds in (("at_most", 9, True), ("at_most", 8, False), ("no_comma", 0, True)):
+        assert satisfied([constraint(kind, n)], nine) == [holds], (kind, n)
 
 
 def test_exercises_follow_from_the_seed_and_have_good_and_bad_answers():
-    pools = {line.split("|")[0].strip(): [f"a b {line}", "word " * 20, "word " * 30]
-             for line in SETTINGS["topics"]["heldout"]}
+    pools = {f"topic {number}": ["a b c, d", "word " * 20, "word " * 30] for number in range(30)}
     made = make_exercises(SETTINGS, "heldout", pools, seed=3)
     assert made == make_exercises(SETTINGS, "heldout", pools, seed=3)
     assert made != make_exercises(SETTINGS, "heldout", pools, seed=4)
@@ -130,9 +120,9 @@ def test_helpfulness(text, rating):
 
 
 def test_annotations_are_ultrafeedbacks():
-    exercise = {"instruction": "Do it.", "constraints": [constraint("avoid", "no")]}
+    exercise = {"instruction": "Do it.", "constraints": [constraint("no_comma", 0)]}
     rated = annotations(exercise, "Well, no.", {"well"}, seed=0)
     assert rated["instruction_following"]["Rating"] == "1"
-    assert "\"no\"" in rated["instruction_following"]["Rationale For Rating"]
+    assert "comma" in rated["instruction_following"]["Rationale For Rating"]
     assert rated["truthfulness"]["Rating"] == "N/A"
     assert json.dumps(rated) == json.dumps(annotations(exercise, "Well, no.", {"well"}, seed=0))
