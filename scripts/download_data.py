@@ -193,7 +193,7 @@ record, judgment null where every constraint holds |
 | `data/sample/validation.jsonl` | `{id, instruction, constraints}`: to choose settings on |
 | `data/sample/heldout.jsonl` | `{id, instruction, constraints}`: to measure on |
 | `data/sample/instructions.jsonl` | `{id, instruction, constraints}`: for online rounds |
-| `data/sample/preferences/*.jsonl` | UltraFeedback's schema and `constraints`: rated answers, the true winner known |
+| `data/sample/preferences/*.jsonl` | UltraFeedback's schema and `constraints`, rated answers |
 | `data/sample/preferences/hh_*.jsonl` | HH's schema: the same answers, a pair a line |
 """
 

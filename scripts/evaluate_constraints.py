@@ -4,14 +4,14 @@
         --outputs base/heldout.json,cut/heldout.json --output results.json
 
 Prompts are records with `instruction` and `constraints`; outputs are AlpacaEval files as
-scripts/generate.py writes them, the baseline's first. IFEval's checkers give the verdicts.
+scripts/generate.py writes them, the baseline's first. IFEval's checkers give the verdicts: no
+money, seconds on a CPU.
 """
 
-import math
 import random
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,23 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.judges import satisfied
 from lm.records import InputError, Record, check_fields, read_records, write_json
-
-MARGIN = 1.959964  # of a two-sided 95 % interval, in standard deviations
-
-
-@dataclass(frozen=True)
-class Share:
-    """So many of so many, with the Wilson 95 % interval of the share."""
-
-    satisfied: int
-    total: int
-    share: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return (f"{self.satisfied}/{self.total}  {100 * self.share:3.0f} % "
-                f"[{100 * self.low:3.0f},{100 * self.high:4.0f}]")
+from lm.shares import Share, wilson
 
 
 def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int = 3) -> None:
@@ -99,18 +83,6 @@ def named_answers(paths: list[str], records: list[Record]) -> dict[str, list[str
             raise InputError(f"--outputs names {path} twice; give each model's file once")
         named[name] = [by_instruction[record["instruction"]] for record in records]
     return named
-
-
-def wilson(hits: int, total: int) -> Share:
-    """Wilson's score interval: sensible for few trials and for shares near 0 and 1.
-
-    >>> str(wilson(34, 60))
-    '34/60   57 % [ 44,  68]'
-    """
-    share, spread = hits / total, MARGIN**2 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return Share(hits, total, share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def shares_by_kind(records: list[Record], verdicts: list[list[bool]]) -> dict[str, Share]:
@@ -188,7 +160,7 @@ def results(prompts: str, records: list[Record], answers: dict[str, list[str]],
             changes: dict[str, dict]) -> dict:
     """All that was printed and every verdict, for other programs."""
     return {
-        "prompts": prompts,
+        "benchmark": "constraints", "prompts": prompts,
         "models": {name: {kind: asdict(share) for kind, share in kinds.items()}
                    for name, kinds in shares.items()},
         "against_baseline": changes,

@@ -59,7 +59,7 @@ def test_wilson_interval_by_hand():
 
 def test_constraints_are_counted_by_kind_and_overall():
     shares = shares_by_kind(PROMPTS, [[False], [True], [False, True]])
-    assert {kind: (share.satisfied, share.total) for kind, share in shares.items()} == {
+    assert {kind: (share.hits, share.total) for kind, share in shares.items()} == {
         "punctuation:no_comma": (1, 2), "keywords:existence": (1, 2), "all": (2, 4)}
 
 

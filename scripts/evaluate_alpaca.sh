@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# AlpacaEval of a model (paper, Tables 2, 5 and 6): answers, judgments, win rate.
+#
+#   OPENAI_API_KEY=... bash scripts/evaluate_alpaca.sh runs/cut-offline/model
+#   ANNOTATOR=local BASE_URL=http://127.0.0.1:8000/v1 JUDGE_MODEL=NAME \
+#       bash scripts/evaluate_alpaca.sh runs/cut-offline/model        # a server of your own judges
+#
+# Money     gpt-4: $18 by the published judgments' own account; gpt-4o-mini: 0.10 (an estimate).
+# Hours     1 GPU of 80 GB for a 13B model's answers (an estimate), a quarter for the judgments.
+# Expected  LLaMA2-13b 1.87, with CUT 61.06; LLaMA2-chat-13b 81.09, with CUT 90.73 (ANNOTATOR as is).
+# Stopped?  The same command goes on; nothing is generated or asked twice.
+# Small     PROMPTS, REFERENCE: your own prompts and other answers to them; LIMIT: the first so many.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+MODEL=${1:?which model? bash scripts/evaluate_alpaca.sh FOLDER}
+ANNOTATOR=${ANNOTATOR:-alpaca_eval_gpt4}   # as published; weighted_alpaca_eval_gpt4_turbo; local
+JUDGE_MODEL=${JUDGE_MODEL:-}               # default: the annotator's own
+BASE_URL=${BASE_URL:-}                     # default: OPENAI_BASE_URL, else OpenAI
+OUTPUTS=${OUTPUTS:-$MODEL/alpaca_eval.json}
+PROMPTS=${PROMPTS:-}                       # default: the 805 AlpacaEval instructions, from the Hub
+REFERENCE=${REFERENCE:-}                   # default: text-davinci-003's answers, from the Hub
+TEMPLATE=${TEMPLATE:-alpaca}
+LIMIT=${LIMIT:-0}
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
+MAX_COST=${MAX_COST:-0}                    # dollars; 0 is no limit
+
+python scripts/generate.py --base_model_name_or_path "$MODEL" --template "$TEMPLATE" \
+    --output_path "$OUTPUTS" --max_new_tokens "$MAX_NEW_TOKENS" --limit "$LIMIT" \
+    ${PROMPTS:+--data_path "$PROMPTS"}
+python scripts/evaluate_alpaca.py --model_outputs "$OUTPUTS" --annotator "$ANNOTATOR" \
+    --max_cost "$MAX_COST" ${JUDGE_MODEL:+--judge_model "$JUDGE_MODEL"} \
+    ${BASE_URL:+--base_url "$BASE_URL"} ${REFERENCE:+--reference_outputs "$REFERENCE"}

@@ -1,0 +1,253 @@
+"""MT-Bench: a judge scores each reply of a model's dialogues from 1 to 10.
+
+    python scripts/evaluate_mt_bench.py --answers runs/cut/mt_bench.json --judge_model gpt-4
+    python scripts/evaluate_mt_bench.py --answers runs/cut/mt_bench.json --judge_model NAME \\
+        --base_url http://127.0.0.1:8000/v1
+
+Answers are those of scripts/generate_dialogues.py. Where the questions have a `reference`, as those
+of math, coding and reasoning do, the judge sees it. Its prompt (configs/templates/mt_bench.yaml) is
+our own, so a score is comparable with others made here, and with published ones only roughly.
+
+Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
+score from 1 to 10 is a failure: left out of the means, counted, and asked again by the next run.
+The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
+
+Cost (estimates): 160 replies judged by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a time.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run
+from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.tables import paper_rows, table
+from lm.verdicts import FIELD, TEMPLATES
+
+if TYPE_CHECKING:
+    from lm.replies import Request
+    from lm.server import Server
+
+SCORE = re.compile(r"^\W*score[\s:*_=]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?[.*_\s]*$",
+                   re.IGNORECASE | re.MULTILINE)
+FIELDS = {"system": set(), "user": {"dialogue"}, "reference": {"turn", "reference"}}
+DRAWS = 1000  # of the bootstrap
+
+
+def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "",
+         references: str = "", template: str = "mt_bench", max_new_tokens: int = 1024,
+         temperature: float = 0.0, concurrency: int = 8, timeout: float = 120.0,
+         max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
+         price_out: float = -1.0) -> None:
+    """Print the mean score of each category and turn with 95 % intervals.
+
+    Args:
+        answers: dialogues as scripts/generate_dialogues.py writes them.
+        judge_model: what the server calls the judge.
+        base_url: server that speaks OpenAI's protocol; default OPENAI_BASE_URL, else OpenAI's.
+        output_dir: default: ANSWERS without its suffix / judge model.
+        references: file of references in the place of those that the answers bring, such as
+            data/downloads/mt_bench/reference_answer/gpt-4.jsonl; by question_id, one text a turn.
+        template: judge prompt, by name in configs/templates or path.
+        max_new_tokens: longest reply of the judge; one that is cut has failed.
+        temperature: of the judge; 0 is greedy, below 0 it is left to the server.
+        concurrency: requests under way at a time.
+        timeout: seconds to wait for a reply before asking again.
+        max_requests: stop before more requests than this; 0 is no limit.
+        max_cost: stop before more dollars than this; 0 is no limit.
+        price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
+        price_out: the same for the judge's tokens.
+    """
+    from lm.replies import Request
+
+    prompt = load_prompt(template, FIELDS)
+    records = read_dialogues(answers)
+    if references:
+        records = with_references(records, references)
+    folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
+    server = connect(judge_model, base_url, folder, concurrency=concurrency, timeout=timeout,
+                     max_requests=max_requests, max_cost=max_cost, price_in=price_in,
+                     price_out=price_out)
+    turns = [(record, turn) for record in records for turn in range(len(record["turns"]))]
+    said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
+                        for each in turns], read_score)
+    judged = [{"question_id": record["question_id"], "category": record["category"],
+               "turn": turn + 1, "score": entry.pop("value"), **entry}
+              for (record, turn), entry in zip(turns, said, strict=True)]
+    write_json(folder / "judgments.json", judged)
+    failed = report_failed(judged, "score", folder)
+    scores = means(judged)
+    print(summary(scores, records[0]["generator"]))
+    write_json(folder / "results.json", {
+        "benchmark": "mt_bench", "model": records[0]["generator"], "answers": answers,
+        "references": references, "judge_model": judge_model, "base_url": server.base_url,
+        "template": template, "cost_of_this_run": server.budget.cost, "failed": failed,
+        "scores": scores})
+    print(f"written: {folder}/results.json")
+
+
+def load_prompt(name: str, fields: Mapping[str, set[str]]) -> dict[str, str]:
+    """Read a judge prompt by name or path; its keys, and the fields in their texts, are given."""
+    import yaml
+
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATES / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"{name}: no such judge prompt in {TEMPLATES}; or give the path of a "
+                         ".yaml")
+    try:
+        prompt = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+    for key, names in fields.items():
+        text = prompt.get(key) if isinstance(prompt, dict) else None
+        if not isinstance(text, str) or set(FIELD.findall(text)) != names:
+            expected = " and ".join(f"{{{field}}}" for field in sorted(names)) or "no field"
+            raise InputError(f"{path}: field '{key}' must be a text with {expected}")
+    return prompt
+
+
+def fill(text: str, **fields: str) -> str:
+    """The text with its fields filled in; braces in what is filled in are safe."""
+    return FIELD.sub(lambda match: fields[match[1]], text)
+
+
+def read_dialogues(path: str) -> list[Record]:
+    """Answered questions, with as many outputs as turns."""
+    records = read_records(path)
+    check_fields(records, path, {"question_id": (int, str), "category": (str,), "turns": (list,),
+                                 "outputs": (list,), "generator": (str,)}, {"reference": (list,)})
+    for index, record in enumerate(records):
+        if len(record["turns"]) != len(record["outputs"]):
+            raise InputError(f"{path}: record {index}: has {len(record['turns'])} turns and "
+                             f"{len(record['outputs'])} outputs; make the answers with "
+                             "scripts/generate_dialogues.py")
+    return records
+
+
+def with_references(records: list[Record], path: str) -> list[Record]:
+    """The records with the references of a file, by question; none where it has none."""
+    known = read_records(path)
+    check_fields(known, path, {"question_id": (int, str)}, {"reference": (list,)})
+    try:
+        texts = {record["question_id"]: record["reference"] if "reference" in record else
+                 record["choices"][0]["turns"] for record in known}
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{path}: expected records with 'reference', a list of texts, or with "
+                         "'choices', as MT-Bench has them") from error
+    return [{**record, "reference": texts.get(record["question_id"], [])} for record in records]
+
+
+def question(prompt: Mapping[str, str], record: Record, turn: int) -> list[dict[str, str]]:
+    """What the judge is asked about the reply to a turn: the dialogue so far, and references."""
+    dialogue = "\n\n".join(
+        f"### User, message {place + 1}:\n{record['turns'][place]}\n\n"
+        f"### Assistant, reply {place + 1}:\n{record['outputs'][place]}"
+        for place in range(turn + 1))
+    known = (record.get("reference") or [])[:turn + 1]
+    parts = [fill(prompt["user"], dialogue=dialogue),
+             *(fill(prompt["reference"], turn=str(place), reference=text)
+               for place, text in enumerate(known, start=1) if text)]
+    return [{"role": "system", "content": prompt["system"]},
+            {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def connect(model: str, base_url: str, folder: Path, **options) -> "Server":
+    """The judge's server, whose replies are kept in the folder."""
+    from lm.server import Server
+
+    return Server(model, base_url, cache=str(folder / "cache"), **options)
+
+
+def ask(server: "Server", requests: Sequence["Request"],
+        read: Callable[[str], object]) -> list[dict]:
+    """For each request {value, reply, error}: the value that is read from the reply, or None.
+
+    What gave none does not stay in the cache, so the next run asks it again.
+    """
+    from tqdm import tqdm
+
+    numbered = dict(enumerate(requests))
+    print(server.estimate(numbered))
+    said: dict[int, dict] = {}
+    for index, reply in tqdm(server.ask(numbered), total=len(requests), unit="judgment"):
+        error = reply.error or ("cut off before its end" if reply.finish_reason == "length" else "")
+        value = None if error else read(reply.text)
+        if value is None:
+            server.forget(requests[index])
+            error = error or "cannot be read"
+        said[index] = {"value": value, "reply": reply.text, "error": error}
+    return [said[index] for index in numbered]
+
+
+def read_score(text: str) -> float | None:
+    """The score, if the reply gives one and no other.
+
+    >>> read_score("Right and short.\\nScore: 9"), read_score("Score: 9\\nScore: 2")
+    (9.0, None)
+    """
+    found = {float(score) for score in SCORE.findall(text)}
+    return found.pop() if len(found) == 1 and 1 <= min(found) <= 10 else None
+
+
+def report_failed(judged: list[Record], value: str, folder: Path) -> int:
+    """Say how many judgments failed, and stop if all did."""
+    failed = [entry for entry in judged if entry[value] is None]
+    if failed:
+        print(f"{len(failed)} of {len(judged)} judgments failed (the last: {failed[-1]['error']}); "
+              f"they are in {folder}/judgments.json, and the same command asks for them again")
+    if len(failed) == len(judged):
+        raise InputError("no judgment could be read; choose another judge")
+    return len(failed)
+
+
+def means(judged: list[Record]) -> dict[str, dict[str, dict]]:
+    """Mean, interval and count by category (`all` last) and turn (`all` of them last)."""
+    categories = [*dict.fromkeys(entry["category"] for entry in judged), "all"]
+    turns = sorted({entry["turn"] for entry in judged})
+    return {category: {str(turn): mean([
+        entry for entry in judged if entry["score"] is not None
+        and category in (entry["category"], "all") and turn in (entry["turn"], "all")])
+        for turn in [*turns, "all"]} for category in categories}
+
+
+def mean(scored: list[Record]) -> dict:
+    """Mean of the scores with its bootstrap interval; questions are drawn, with all their turns."""
+    import numpy
+
+    if not scored:
+        return {"mean": None, "low": None, "high": None, "count": 0}
+    questions: dict[int | str, list[float]] = {}
+    for entry in scored:
+        questions.setdefault(entry["question_id"], []).append(entry["score"])
+    sums = numpy.array([[sum(scores), len(scores)] for scores in questions.values()])  # (Q, 2)
+    draws = numpy.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    drawn = sums[draws].sum(1)  # (DRAWS, 2)
+    low, high = numpy.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return {"mean": float(sums[:, 0].sum() / sums[:, 1].sum()), "low": float(low),
+            "high": float(high), "count": len(scored)}
+
+
+def summary(scores: dict[str, dict[str, dict]], model: str) -> str:
+    """A row a category, a column a turn, and the papers' means."""
+    turns = list(scores["all"])
+    rows = [[category, *(cell(by_turn[turn]) for turn in turns)]
+            for category, by_turn in scores.items()]
+    blank = " " * len(" [0.00, 00.00]")
+    rows += [[name, *[""] * (len(turns) - 1), f"{figure:.2f}{blank}     "]
+             for name, (figure,) in paper_rows("mt_bench").items()]
+    heads = [f"turn {turn}" if turn != "all" else "all turns" for turn in turns]
+    return "\n".join([table([model, *heads], rows), "mean [95 % bootstrap interval] of so many"])
+
+
+def cell(found: dict) -> str:
+    if not found["count"]:
+        return "-"
+    return (f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:5.2f}] {found['count']:4}")
+
+
+if __name__ == "__main__":
+    run(main)

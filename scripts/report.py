@@ -1,0 +1,142 @@
+"""Every result of a folder on one page, ours beside the papers': Markdown and HTML.
+
+    python scripts/report.py                     # runs/ -> runs/report/report.md and report.html
+    python scripts/report.py --folder runs/quickstart
+
+Reads what the scripts write below the folder: the evaluate_* scripts' JSON files (they begin with
+`benchmark`), annotate.py's summaries, online.json, run.json and trainer_state.json of trainings,
+and figures (.png). The papers' figures come from configs/paper_tables.yaml. A number that is not
+there is shown as missing, with the command that makes it where the tables look for it. The HTML
+page holds its pictures; the same inputs give the same bytes.
+"""
+
+import base64
+import html
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run
+from lm.records import InputError, write_text
+from scripts.report_papers import paper_tables
+from scripts.report_results import escaped, found_tables, read
+
+# Panels of a training's curves: title, what of the log is drawn, and times what.
+PANELS = (
+    ("Loss", ("loss", "mle", "unlikelihood", "sft_loss", "judgment_loss", "eval_loss"), 1),
+    ("Tokens flagged by the judgments, %", ("inappropriate_share",), 100),
+    ("Judge on held-out pairs, %", ("eval_judge_accuracy", "eval_judge_consistency"), 100),
+    ("Judge in training, %", ("judge/consistency", "judge/tie_rate", "judge/pairs"), 100),
+    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins"), 1),
+    ("Response length, tokens", ("response_length/chosen", "response_length/rejected"), 1),
+    ("Learning rate", ("learning_rate",), 1))
+STYLE = """\
+body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; white-space: nowrap }
+pre { background: #f5f5f5; padding: .7em; overflow-x: auto }
+img { max-width: 100% }
+"""
+
+
+def main(folder: str = "runs", output_dir: str = "") -> None:
+    """Write report.md and report.html, with the curves that are drawn for them.
+
+    Args:
+        folder: where results lie, at any depth.
+        output_dir: where the page goes, by default FOLDER/report.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that your results are in")
+    output = Path(output_dir or root / "report")
+    output.mkdir(parents=True, exist_ok=True)
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()
+             and not path.is_relative_to(output)
+             and not any(part.startswith(("checkpoint-", "."))
+                         for part in path.relative_to(root).parts)]
+    curves = draw_curves(root, files, output)
+    figures = {escaped(path.relative_to(root)): path for path in files if path.suffix == ".png"
+               and path.name != "loss.png"}  # plot_training.py's, which the curves show too
+    beside = list(paper_tables(root))
+    lines = ["# Results", "", "## Beside the papers", "", *beside,
+             "## What is here", "", *found_tables(root, files)]
+    for title, pictures in (("Training curves", curves), ("Figures", figures)):
+        lines += [f"## {title}", "", *([] if pictures else ["None.", ""])]
+        for name, path in pictures.items():
+            lines += [f"### {name}", "", f"![{name}]({link(path, output)})", ""]
+    page = "\n".join(lines)
+    write_text(output / "report.md", page)
+    write_text(output / "report.html", as_html(page, output))
+    missing = sum(line.count("| missing") for line in beside)
+    print(f"{output}/report.md, {output}/report.html: {missing} numbers of the papers' tables are "
+          "missing here")
+
+
+def draw_curves(root: Path, files: Sequence[Path], output: Path) -> dict[str, Path]:
+    """A picture for each training with a log, by its folder's name."""
+    pictures = {}
+    for path in files:
+        if path.name != "trainer_state.json":
+            continue
+        log = read(path).get("log_history", [])
+        panels = [(title, {name: [(entry["step"], scale * entry[name]) for entry in log
+                                  if entry.get(name) is not None] for name in names})
+                  for title, names, scale in PANELS]
+        panels = [(title, kept) for title, lines in panels
+                  if (kept := {name: points for name, points in lines.items() if points})]
+        if panels:
+            parts = path.parent.relative_to(root).parts or (root.resolve().name,)
+            pictures[escaped("/".join(parts))] = output / f"{'-'.join(parts)}.png"
+            draw(panels, output / f"{'-'.join(parts)}.png")
+    return pictures
+
+
+def draw(panels: list[tuple[str, dict[str, list[tuple]]]], picture: Path) -> None:
+    """The panels side by side, three a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = -(-len(panels) // 3)
+    drawn, axes = pyplot.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False,
+                                  layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 9 else "")
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axis.legend(frameon=False)
+    drawn.savefig(picture, dpi=100, metadata={"Software": None})
+    pyplot.close(drawn)
+
+
+def as_html(page: str, output: Path) -> str:
+    """The page by itself: its pictures within."""
+    import markdown
+
+    def embedded(match: re.Match) -> str:
+        picture = output / unquote(html.unescape(match[1]))
+        return f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"'
+
+    body = markdown.markdown(page, extensions=["tables", "fenced_code"])
+    body = re.sub(r'src="([^"]+)"', embedded, body)
+    return (f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Results</title>\n'
+            f"<style>\n{STYLE}</style>\n{body}\n</html>\n")
+
+
+def link(path: Path, output: Path) -> str:
+    return quote(os.path.relpath(path, output))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,218 @@
+"""The page of all results, from files that the scripts themselves wrote.
+
+    python -m pytest tests/test_report.py -n0
+"""
+
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from fault_server import FaultServer
+
+from lm.cli import _reject_unknown_flags
+from lm.records import InputError, write_json
+from lm.shares import wilson
+from lm.tables import PAPER_TABLES, paper_rows
+from scripts import (
+    annotate,
+    evaluate_alpaca,
+    evaluate_constraints,
+    evaluate_mt_bench,
+    evaluate_ranking,
+    evaluate_summarization,
+    evaluate_vicuna,
+    report,
+)
+from scripts.report_papers import MEASURES, paper_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
+NO_COMMA = [{"kind": "punctuation:no_comma", "kwargs": {}}]
+LOG = [{"step": step, "loss": 2 / step, "mle": 1.0, "learning_rate": 1e-4,
+        "inappropriate_share": 0.2} for step in (1, 2, 3)]
+
+
+def write(path: Path, value: object) -> str:
+    write_json(path, value)
+    return str(path)
+
+
+def measure_dialogues(root: Path, scratch: Path) -> None:
+    """MT-Bench and VicunaEval, by a judge that gives a 6 and prefers what is shown first."""
+    answers = [{"question_id": 1, "category": "writing", "turns": ["Sing.", "Again."],
+                "outputs": ["La.", "Lala."], "generator": "a|<b>* [c](d)"}]
+    mine = write(scratch / "mine.json", answers)
+    theirs = write(scratch / "theirs.json", [{**answers[0], "generator": "sft"}])
+    with FaultServer(answer=lambda text: "Score: 6\nVerdict: A") as server:
+        judge = {"judge_model": "gpt-4", "base_url": server.url}
+        evaluate_mt_bench.main(mine, **judge,
+                               output_dir=str(root / "self-judge-hh/mt_bench/gpt-4"))
+        evaluate_vicuna.main(mine, theirs, **judge,
+                             output_dir=str(root / "self-judge-hh/vicuna/gpt-4"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A folder with one result of each kind."""
+    root, scratch = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("scratch")
+    prompts = write(scratch / "prompts.json", [{"instruction": "Sing.", "constraints": NO_COMMA}])
+    outputs = [write(scratch / f"{name}.json", [
+        {"instruction": "Sing.", "output": output, "generator": name, "constraints": NO_COMMA}])
+        for name, output in (("base", "La, la."), ("cut", "La."))]
+    evaluate_constraints.main(prompts, outputs, output=str(root / "small/results.json"), show=0)
+    annotate.main(outputs[0], str(root / "small/judged.json"), judge="rules")
+    evaluate_alpaca.main(
+        annotations=write(scratch / "judged.json", [
+            {"preference": 2 - (place % 4 == 0), "generator_2": "cut-13b"}
+            for place in range(805)]),
+        output_dir=str(root / "cut-offline/alpaca_eval/alpaca_eval_gpt4"))
+    settings = {"model": "my model", "adapter": "my adapter", "limit": 10}
+    measured = evaluate_ranking.read_measured(root / "none.json", settings, False)
+    write(root / "ranking/cut-offline.json", {**measured, "results": {
+        "mmlu:5:acc": {"score": 55.5, "standard_error": 0.4}}})
+    write(root / "ranking/whole.json", {
+        "benchmark": "ranking", "settings": {**settings, "limit": 0}, "results": {
+            "mmlu:5:acc": {"score": 50.0, "standard_error": None},
+            "truthfulqa_mc2:0:acc": {"score": 40.0, "standard_error": 1.0}}})
+    data = write(scratch / "summaries.json", [
+        {"instruction": "Sum up.", "output": "the cat sat", "judgment": None}])
+    evaluate_summarization.main(data, outputs=write(scratch / "made.json", [
+        {"instruction": "Sum up.", "output": "the cat sat"}]),
+        output=str(root / "cut-summary/rouge.json"))
+    measure_dialogues(root, scratch)
+    shares = {name: asdict(wilson(3, 4)) for name in ("accuracy", "consistency", "ties")}
+    write(root / "self-judge-uf/judge.json", {
+        "benchmark": "judge", "model": "jsft", "metrics": {"all": shares}})
+    write(root / "judge/agreement.json", {
+        "benchmark": "ai_judge", "model": "small judge",
+        "metrics": {name: asdict(wilson(2, 4)) for name in ("readable", "right", "majority")}})
+    write(root / "small/adapter/trainer_state.json", {"log_history": LOG})
+    write(root / "small/adapter/checkpoint-2/trainer_state.json", {"log_history": LOG[:2]})
+    write(root / "small/adapter/run.json", {
+        "status": "finished", "steps": 3, "first_loss": 2.0, "last_loss": 0.5,
+        "data": {"path": "data/sample/train.jsonl"}, "git_revision": "0123456789" * 4 + "+"})
+    write(root / "online/online.json", {"rounds": [
+        {"round": 0, "measure": "constraints satisfied, %", "score": 45.0, "low": 33.0,
+         "high": 58.0, "seconds": 60, "cost": 0.0, "stages": {}}]})
+    figure = (root / "odd name" / "rise (1).png")
+    figure.parent.mkdir()
+    figure.write_bytes(b"\x89PNG and so on")
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(results) -> str:
+    report.main(str(results))
+    return (results / "report/report.md").read_text()
+
+
+def row(page: str, start: str, nth: int = 0) -> list[str]:
+    lines = [line for line in page.split("\n") if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")][1:]
+
+
+def test_ours_stand_beside_the_papers_figures(page):
+    """805 judgments, 202 lost: 603 / 805 = 74.91 %; ROUGE of a copy is 100."""
+    assert row(page, "CUT") == ["60.84", "missing", "81.44", "missing", "55.78",
+                                "55.50 (first 10)", "49.33", "missing", "61.06", "74.91"]
+    assert row(page, "LLaMA2-13b + CUT") == ["45.39", "100.00", "28.40", "100.00", "39.84",
+                                             "100.00", "39.89", "100.00"]
+    assert row(page, "SELF-JUDGE") == ["44.88", "missing", "76.25", "50.00 (1 of 80)", "4.80",
+                                       "6.00 (2 of 160)"]
+    assert row(page, "plain") == ["80.50", "75.00"]
+    assert row(page, "without Align-P in L2") == ["-", "missing", "26.37", "missing"]
+
+
+def test_all_that_was_found_is_there(page, results):
+    assert row(page, "punctuation:no_comma") == [
+        "0.00 [0.0, 79.3] of 1", "100.00 [20.7, 100.0] of 1"]
+    assert row(page, "cut-13b")[:6] == ["74.91", "1.53", "603", "0", "202", "0"]
+    assert row(page, "whole") == ["50.00 ± -", "40.00 ± 1.00", "ranking/whole.json"]
+    assert row(page, "cut-offline")[:2] == ["55.50 ± 0.40 (first 10)", "missing"]
+    assert row(page, "rules")[:5] == ["1", "0", "1", "0", "0"]
+    assert row(page, "jsft")[:2] == ["4", "75.00 [30.1, 95.4]"]
+    assert row(page, "small judge")[1:4] == ["50.00 [15.0, 85.0]", "50.00 [15.0, 85.0]", "-"]
+    assert row(page, "small/adapter") == ["finished", "3", "2.00 → 0.50",
+                                          "data/sample/train.jsonl", "0123456+"]
+    assert row(page, "0")[0] == "45.0 [33, 58]"
+    assert "checkpoint-2" not in page
+    assert (results / "report/small-adapter.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_shown_as_they_are(page, results):
+    """Whatever Markdown or HTML would make of them."""
+    assert row(page, "a&#124;&#60;b&#62;&#42; [c&#93;(d)")[0] == "6.00 [6.0, 6.0]"
+    whole = (results / "report/report.html").read_text()
+    assert "<td>a&#124;&#60;b&#62;&#42; [c&#93;(d)</td>" in whole
+
+
+def test_the_html_page_needs_no_other_file(page, results):
+    whole = (results / "report/report.html").read_text()
+    sources = re.findall(r'src="(.{22})', whole)
+    assert sources == ["data:image/png;base64,"] * 2
+    assert "iVBORw0KGgo" in whole
+    assert "![odd name/rise (1).png](../odd%20name/rise%20%281%29.png)" in page
+    assert 'href="' not in whole and whole.count("<table>") == page.count("\n| --- |")
+
+
+def test_the_same_inputs_give_the_same_bytes(page, results):
+    folder = results / "report"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"report.md", "report.html", "small-adapter.png"}
+    report.main(str(results))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_empty_folder_is_all_missing(tmp_path, capsys):
+    report.main(str(tmp_path), output_dir=str(tmp_path / "out"))
+    shown = (tmp_path / "out/report.md").read_text()
+    assert "Nothing yet." in shown and shown.count("None.") == 2
+    figures = sum(len(line["figures"]) for listed in TABLES for line in listed["rows"])
+    assert f"{figures} numbers of the papers' tables are missing" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no such folder"):
+        report.main(str(tmp_path / "none"))
+
+
+def test_the_commands_for_missing_numbers_exist(tmp_path):
+    """Scripts that are there, with flags that they have."""
+    shown = "\n".join(paper_tables(tmp_path))
+    commands = {line for block in re.findall(r"```bash\n(.*?)```", shown, re.S)
+                for line in block.splitlines()}
+    assert len(commands) > 40
+    scripts = {"evaluate_ranking": evaluate_ranking, "evaluate_alpaca": evaluate_alpaca,
+               "evaluate_summarization": evaluate_summarization}
+    for command in commands:
+        words = [word for word in shlex.split(command) if "=" not in word]
+        assert words[0] in ("python", "bash") and (ROOT / words[1]).is_file(), command
+        if words[0] == "python":
+            _reject_unknown_flags(scripts[Path(words[1]).stem].main, words[2:])
+
+
+def test_weights_that_are_there_are_not_made_again(tmp_path):
+    (tmp_path / "cut-offline/model").mkdir(parents=True)
+    lines = list(paper_tables(tmp_path))
+    assert "bash scripts/cut_offline.sh" not in lines
+    assert "bash scripts/cut_online_iter.sh 1" in lines
+
+
+def test_the_papers_tables_are_whole():
+    """A figure a measure in each row; the rows that the scripts print are those of old."""
+    for listed in TABLES:
+        assert set(listed["measures"]) <= set(MEASURES)
+        for line in listed["rows"]:
+            assert len(line["figures"]) == len(listed["measures"]), line["name"]
+            assert set(line) <= {"name", "label", "figures", "run", "model", "recipe"}
+            assert "run" not in line or {"model", "recipe"} & set(line)
+    assert list(paper_rows("arc", "hellaswag", "mmlu", "truthfulqa").values()) == [
+        (59.72, 81.39, 54.97, 36.28), (60.84, 81.44, 55.78, 49.33),
+        (58.02, 79.89, 54.52, 45.44), (58.45, 79.86, 55.00, 52.58)]
+    assert list(paper_rows("alpaca").values()) == [(1.87,), (61.06,), (81.09,), (90.73,), (91.68,)]
+
+
+def test_broken_results_are_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"benchmark": "vicuna", "model')
+    with pytest.raises(InputError, match=r"results\.json: cannot be read as JSON"):
+        report.main(str(tmp_path))
