@@ -26,6 +26,7 @@ from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
 from lm.parts import InParts
 from lm.records import InputError
+from lm.repeats import present_rows
 from lm.runs import WholeCheckpoints
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
@@ -60,6 +61,15 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "completion_mask", "kind", "labels", "seq_lengths"]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Micro-batches, and the supervised tokens in the step; repeated rows have none."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.accelerator.gradient_state.end_of_dataloader and batches and not self.padding_free:
+            labels = batches[-1]["labels"]
+            labels[~torch.tensor(present_rows(self, len(labels)))] = IGNORED
+            tokens = self._get_num_items_in_batch(batches, device)
+        return batches, tokens
 
     def parts(self, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
         """Rows of like length, few enough for the token budget of a forward pass."""

@@ -14,6 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from lm.generation import Response, token_budget_batches
+from lm.repeats import present_rows
 from lm.templates import prompt_ids
 from self_judge.judgment import Pair, judge_pairs
 from self_judge.metrics import count_step, counted_tokens
@@ -50,13 +51,8 @@ class OnPolicy:
 
     def _present(self, batches: list[dict]) -> list[bool]:
         """False for rows that accelerate repeats so that all processes end with equal batches."""
-        present = [True] * sum(len(batch["queries"]) for batch in batches)
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            last = len(batches[-1]["queries"])
-            before = self.accelerator.process_index * self.args.per_device_train_batch_size
-            present[-last:] = [before + place < state.remainder for place in range(last)]
-        return present
+        *before, last = (len(batch["queries"]) for batch in batches)
+        return [True] * sum(before) + present_rows(self, last)
 
     def _sampled(self, batches: list[dict], present: Sequence[bool]
                  ) -> tuple[list[dict], list[tuple[Response, Response]]]:
@@ -126,16 +122,25 @@ class OnPolicy:
         return list(token_budget_batches(dict(enumerate((2 * longer).tolist())), 0, budget))
 
     def _agree(self, micro: list[dict], pairs: int) -> int:
-        """Queries in the step, over all processes, which note its pairs and run as many parts.
+        """Queries in the step, over all processes, which note its pairs and even out their parts.
 
-        trl gathers its metrics in each forward pass, so a process with fewer parts adds empty ones.
+        trl gathers its metrics in each forward pass, a number a pair. So every process runs as
+        many parts of as many pairs; where one has fewer, empty ones fill the place.
         """
         own = [sum(int(batch["present"].sum()) for batch in micro), pairs,
                *(len(batch["parts"]) for batch in micro)]
-        counts = self.accelerator.gather(torch.tensor([own], device=self.args.device))
+        counts = self._gathered(own)
         for batch, most in zip(micro, counts[:, 2:].amax(0).tolist(), strict=True):
-            batch["parts"] += [[]] * (most - len(batch["parts"]))
+            batch["parts"] += [[] for _ in range(most - len(batch["parts"]))]
+        parts = [part for batch in micro for part in batch["parts"]]
+        for part, most in zip(parts, self._gathered(list(map(len, parts))).amax(0).tolist(),
+                              strict=True):
+            part += [None] * (most - len(part))
         queries, self.pairs_in_step = counts[:, :2].sum(0).tolist()
         if not self.pairs_in_step:
             self.note_skip()
         return queries
+
+    def _gathered(self, numbers: list[int]) -> Tensor:
+        """The numbers of each process, a row a process."""
+        return self.accelerator.gather(torch.tensor([numbers], device=self.args.device))

@@ -72,18 +72,24 @@ def keep_end(ids: Sequence[int], length: int, bos_token_id: int | None) -> list[
     return head + list(ids[len(ids) - length + len(head):])
 
 
-def part_of(batch: Mapping[str, Tensor], pairs: Sequence[int]) -> dict[str, Tensor]:
+def part_of(batch: Mapping[str, Tensor], pairs: Sequence[int | None]) -> dict[str, Tensor]:
     """Some pairs of a batch of [chosen; rejected] rows, no wider than they need.
 
-    No pairs give an empty one, which is not `present`: it counts for nothing.
+    A place without a pair, None, holds an empty one, which is not `present`: it counts for nothing.
     """
-    names = ("input_ids", "attention_mask", "completion_mask")
-    if not pairs:
-        ones = torch.ones_like(batch["input_ids"][:1, :1]).expand(2, 2)
-        return {**dict(zip(names, (ones, ones, ones * 0), strict=True)),
-                "present": torch.zeros_like(batch["present"][:1])}
-    rows = torch.tensor(pairs)
-    both = torch.cat([rows, rows + len(batch["present"])])
-    width = int(batch["attention_mask"][both].sum(1).max())
-    return {**{name: batch[name][both, :width] for name in names},
-            "present": batch["present"][rows]}
+    real = torch.tensor([pair for pair in pairs if pair is not None], dtype=torch.long)
+    both = torch.cat([real, real + len(batch["present"])])
+    width = max([2, *batch["attention_mask"][both].sum(1).tolist()])
+    empty = torch.zeros(len(pairs) - len(real), width, dtype=torch.long)
+
+    def filled(name: str, filler: Tensor) -> Tensor:
+        chosen, rejected = batch[name][both, :width].chunk(2)
+        filler = filler.to(chosen)
+        return torch.cat([chosen, filler, rejected, filler])
+
+    two_tokens = (torch.arange(width) < 2).expand_as(empty)
+    return {"input_ids": filled("input_ids", empty + 1),
+            "attention_mask": filled("attention_mask", two_tokens),
+            "completion_mask": filled("completion_mask", empty),
+            "present": torch.cat([batch["present"][real],
+                                  batch["present"].new_zeros(len(empty))])}

@@ -124,6 +124,7 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         sampling = sampling_of(generation, max_new_tokens=max_new_tokens, temperature=temperature,
                                top_p=top_p)
         self.row_length = min(args.max_length, context_of(model) or args.max_length)
+        args.max_length = self.row_length  # to which trl cuts given pairs
         self.query_length = self.row_length - max_new_tokens
         if self.query_length < 1:
             raise InputError(f"max_new_tokens {max_new_tokens} leaves no room for a query in "

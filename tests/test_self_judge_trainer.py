@@ -247,7 +247,12 @@ def test_parts_are_pairs_of_like_length_without_needless_padding():
     assert part["input_ids"].tolist() == ids[[0, 2, 3, 5], :4].tolist()
     assert part["attention_mask"].sum(1).tolist() == [3, 4, 2, 3]
     assert part["present"].tolist() == [True, False]
-    empty = part_of(batch, [])
+    filled = part_of(batch, [0, None])
+    assert filled["input_ids"][[0, 2]].tolist() == ids[[0, 3], :3].tolist()
+    assert filled["attention_mask"].sum(1).tolist() == [3, 2, 2, 2]
+    assert not filled["completion_mask"][[1, 3]].any()
+    assert filled["present"].tolist() == [True, False]
+    empty = part_of(batch, [None])
     assert empty["input_ids"].shape == (2, 2) and not empty["completion_mask"].any()
     assert empty["attention_mask"].all() and empty["present"].tolist() == [False]
 
@@ -460,6 +465,13 @@ def test_evaluation_scores_the_given_pairs_and_samples_nothing(make, script):
     assert trainer.evaluate(ROWS[3:5])["eval_loss"] != metrics["eval_loss"]  # rows given late
 
 
+def test_given_pairs_are_never_longer_than_the_models_context(make):
+    """The tiny model's table ends at 1024 positions; max_length 2048 is the published default."""
+    trainer = make(max_length=2048, eval_dataset=[{**ROWS[0], "chosen": "on the mat " * 600}])
+    batch = trainer.data_collator(list(trainer.eval_dataset))
+    assert batch["input_ids"].shape == (2, 1024)
+
+
 def test_works_as_a_notebook_expects(tiny_llama, tmp_path, script):
     """A folder's name, plain TrainingArguments, `processing_class=`, defaults."""
     args = arguments(tmp_path, TrainingArguments, max_steps=1)
@@ -594,25 +606,35 @@ import torch
 torch.set_num_threads(1)
 import test_self_judge_trainer as tests
 from self_judge import on_policy, trainer as module
-on_policy.TOKENS_PER_FORWARD["cpu"] = 50  # one process has more parts than the other
+on_policy.TOKENS_PER_FORWARD["cpu"] = 100  # the processes' parts differ in number and size
 on_policy.judge_pairs = lambda model, tokenizer, pairs, *rest, **options: [
     tests.judgment(pair, tie=tests.worth(pair.response_a) < 0.33) for pair in pairs]
-trainer = module.SelfJudgeTrainer(
-    tests.AutoModelForCausalLM.from_pretrained({model!r}),
-    tokenizer=tests.AutoTokenizer.from_pretrained({model!r}),
-    args=tests.arguments({out!r}, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-                         num_train_epochs=1, max_steps=-1, ddp_find_unused_parameters=False),
-    train_dataset=tests.ROWS, judge_templates=tests.TEMPLATE, peft_config=tests.lora(),
-    max_length=200, **tests.FEW_ROUNDINGS)
-log = tests.steps(trainer)
-if trainer.accelerator.is_main_process:
-    print("LOG" + json.dumps([trainer.accelerator.num_processes, log]))
+
+def make():
+    return module.SelfJudgeTrainer(
+        tests.AutoModelForCausalLM.from_pretrained({model!r}),
+        tokenizer=tests.AutoTokenizer.from_pretrained({model!r}),
+        args=tests.arguments({out!r}, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+                             num_train_epochs=1, max_steps=-1, ddp_find_unused_parameters=False,
+                             save_strategy="steps", save_steps=2),
+        train_dataset=tests.ROWS, judge_templates=tests.TEMPLATE, peft_config=tests.lora(),
+        max_length=200, **tests.FEW_ROUNDINGS)
+
+whole, resumed = make(), make()
+log = tests.steps(whole)
+resumed.train(resume_from_checkpoint={out!r} + "/checkpoint-2")
+last = [entry for entry in resumed.state.log_history if "loss" in entry][-1]
+if whole.accelerator.is_main_process:
+    print("LOG" + json.dumps([whole.accelerator.num_processes, log, last]))
 """
 
 
 @pytest.mark.xdist_group("servers")
 def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
-    """11 rows at batch 4: the last step has three, of which one process would repeat some."""
+    """11 rows at batch 4: the last step has three, of which one process would repeat some.
+
+    So it would where a run goes on after the second step: accelerate then counts no rows.
+    """
     script(lambda pair: judgment(pair, tie=worth(pair.response_a) < 0.33))
     one = steps(make({"num_train_epochs": 1, "max_steps": -1}, **FEW_ROUNDINGS))
     path = tmp_path / "run.py"
@@ -624,10 +646,11 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOG"))
-    processes, two = json.loads(line.removeprefix("LOG"))
+    processes, two, last = json.loads(line.removeprefix("LOG"))
     assert processes == 2 and len(two) == len(one) == 3
     for name in ("loss", "grad_norm", "judge/pairs", "judge/margin", "rewards/margins",
                  "response_length/chosen", "logps/rejected"):
         assert [entry[name] for entry in two] == pytest.approx(
             [entry[name] for entry in one], rel=1e-3, abs=1e-5), name
+        assert last[name] == two[-1][name], name
     assert len({entry["judge/pairs"] for entry in one}) > 1
