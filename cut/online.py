@@ -79,7 +79,7 @@ def digest(source: str | Path) -> str:
     path = Path(source)
     if path.is_file():
         return sha256(path)
-    weights = sorted(file for kind in ("safetensors", "bin") for file in path.glob(f"*model*.{kind}"))
+    weights = sorted([*path.glob("*model*.safetensors"), *path.glob("*model*.bin")])
     if not weights:
         return str(source)
     return hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest()

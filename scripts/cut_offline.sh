@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+source scripts/cut_steps.sh
 
 BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-13b-hf}
 SHEPHERD=${SHEPHERD:-data/downloads/shepherd}
@@ -33,21 +34,8 @@ if [ ! -e "$DATA" ]; then
         --shepherd_raw "$SHEPHERD/human_data_raw.jsonl" --output "$DATA"
 fi
 
-# 2. CUT. batch_size = micro_batch_size x GPUS x accumulation: keep 8 when GPUS differ.
-torchrun --nproc_per_node="$GPUS" finetune_unlikelihood.py \
-    --base_model "$BASE_MODEL" --data_path "$DATA" --output_dir "$OUT/adapter" \
-    --batch_size 8 --micro_batch_size 1 --num_epochs 1 --learning_rate 4e-4 \
-    --cutoff_len "$CUTOFF_LEN" --warmup_steps 100 --lr_scheduler cosine \
-    --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 \
-    --lora_target_modules '[gate_proj,down_proj,up_proj]' \
-    --threshold "$THRESHOLD" --weight_unlike "$WEIGHT_UNLIKE" \
-    --load_in "$LOAD_IN" --gradient_checkpointing True --max_steps "$MAX_STEPS"
+# 2. CUT.
+train
 
-# 3. A plain checkpoint, and its greedy answers in AlpacaEval's format.
-python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/adapter" \
-    --output_dir "$OUT/model"
-python scripts/generate.py --base_model_name_or_path "$OUT/model" \
-    --output_path "$OUT/alpaca_eval.json" --max_new_tokens "$MAX_NEW_TOKENS" \
-    ${PROMPTS:+--data_path "$PROMPTS"}
-
-echo "model: $OUT/model; answers: $OUT/alpaca_eval.json"
+# 3. The model and its answers.
+merge_and_answer

@@ -14,6 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+source scripts/cut_steps.sh
 
 ITERATION=${1:?which round? bash scripts/cut_online_iter.sh 1}
 ROUNDS=${ROUNDS:-runs/cut-online}
@@ -40,20 +41,5 @@ if [ ! -e "$DATA" ]; then python scripts/download_data.py cut_iter; fi
 
 # --as_released keeps the failed annotations ($ERROR$) that the authors trained on; drop it for
 # cleaner data.
-torchrun --nproc_per_node="$GPUS" finetune_unlikelihood.py \
-    --base_model "$BASE_MODEL" --data_path "$DATA" --output_dir "$OUT/adapter" \
-    --batch_size 8 --micro_batch_size 1 --num_epochs 1 --learning_rate 4e-4 \
-    --cutoff_len "$CUTOFF_LEN" --warmup_steps 100 --lr_scheduler cosine \
-    --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 \
-    --lora_target_modules '[gate_proj,down_proj,up_proj]' \
-    --threshold "$THRESHOLD" --weight_unlike "$WEIGHT_UNLIKE" --downsample "$DOWNSAMPLE" \
-    --as_released True --load_in "$LOAD_IN" --gradient_checkpointing True \
-    --max_steps "$MAX_STEPS"
-
-python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/adapter" \
-    --output_dir "$OUT/model"
-python scripts/generate.py --base_model_name_or_path "$OUT/model" \
-    --output_path "$OUT/alpaca_eval.json" --max_new_tokens "$MAX_NEW_TOKENS" \
-    ${PROMPTS:+--data_path "$PROMPTS"}
-
-echo "model: $OUT/model; answers: $OUT/alpaca_eval.json"
+train --downsample "$DOWNSAMPLE" --as_released True
+merge_and_answer

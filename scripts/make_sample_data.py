@@ -20,6 +20,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,11 +40,11 @@ COMMON = {"the", "good", "old", "new", "first", "long", "making", "learning", "k
 
 def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
          work: str = "saved_models/sample_data", seed: int = 0, samples: int = 8) -> None:
-    """Write train.jsonl, validation.jsonl and heldout.jsonl.
+    """Write train.jsonl, validation.jsonl, heldout.jsonl and instructions.jsonl.
 
     Args:
         base_model: The model that answers: a folder, a Hub id or the embedded model's name.
-        folder: Holds ingredients.yaml; the three files are written here.
+        folder: Holds ingredients.yaml; the files are written here.
         work: Where the model's answers are kept between runs.
         seed: Draws prompts, samples, phrasings and the choice.
         samples: Responses drawn for each train prompt.
@@ -61,6 +62,7 @@ def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
     write_lines(Path(folder) / "train.jsonl", [train_record(entry) for entry in chosen])
     for split in ("validation", "heldout"):
         write_lines(Path(folder) / f"{split}.jsonl", prompts[split])
+    write_lines(Path(folder) / "instructions.jsonl", make_instructions(settings, seed))
     greedy = {split: answerer.greedy(prompts[split]) for split in ("validation", "heldout")}
     report(pool, chosen, prompts, greedy, answerer.tokenizer())
 
@@ -69,10 +71,10 @@ def make_prompts(settings: dict, split: str, seed: int) -> list[Record]:
     """The prompts of a split: every kind equally often, topics and wordings in turn."""
     draw = random.Random(f"{seed} {split}")
     wordings, per_kind = settings["wordings"][split], settings["prompts_per_kind"][split]
-    topics, tasks = _in_turn(settings["topics"][split], draw), _in_turn(settings["tasks"], draw)
+    topics, tasks = in_turn(settings["topics"][split], draw), in_turn(settings["tasks"], draw)
     prompts = []
     for kind, texts in wordings.items():
-        turn, numbers = _in_turn(texts, draw), _in_turn(settings["numbers"][split], draw)
+        turn, numbers = in_turn(texts, draw), in_turn(settings["numbers"][split], draw)
         for number in range(per_kind):
             topic, likely, fitting = (part.strip() for part in next(topics).split("|"))
             fields = {"n": next(numbers), "w": fitting if "existence" in kind else likely}
@@ -84,6 +86,15 @@ def make_prompts(settings: dict, split: str, seed: int) -> list[Record]:
     return prompts
 
 
+def make_instructions(settings: dict, seed: int) -> list[Record]:
+    """More prompts of train's topics and wordings, for the online loop, which answers them anew."""
+    prompts = make_prompts({**settings, "prompts_per_kind": settings["instructions_per_kind"]},
+                           "train", seed + 2)
+    distinct = {prompt["instruction"]: prompt for prompt in prompts}
+    return [{**prompt, "id": prompt["id"].replace("train", "online", 1)}
+            for prompt in distinct.values()]
+
+
 def constraint(kind: str, n: int, w: str) -> dict:
     """A constraint as IFEval's checkers take it."""
     kwargs = {"length_constraints:number_words": {"num_words": n + 1, "relation": "less than"},
@@ -93,7 +104,7 @@ def constraint(kind: str, n: int, w: str) -> dict:
     return {"kind": kind, "kwargs": kwargs[kind]}
 
 
-def _in_turn(items: list, draw: random.Random):
+def in_turn(items: list, draw: random.Random):
     """Endless: all items in random order, then all in another order ..."""
     while True:
         yield from draw.sample(items, len(items))
@@ -178,11 +189,10 @@ class Answerer:
 def judge_pool(prompts: list[Record], sampled: list[list[dict]], settings: dict,
                seed: int) -> list[dict]:
     """Every sampled answer with its judgment, and whether it is fit for training."""
-    stems = {topic.split("|")[0].strip(): _stems(topic)
-             for topic in settings["topics"]["train"]}
+    stems = stems_of(settings["topics"]["train"])
     pool = []
     for prompt, answers in zip(prompts, sampled, strict=True):
-        topic = max((t for t in stems if t in prompt["instruction"]), key=len)
+        topic = topic_of(prompt, stems)
         for number, answer in enumerate(answers):
             text = first_paragraph(answer["text"])
             ended = answer["whole"] or text != answer["text"].strip()
@@ -205,6 +215,16 @@ def is_decent(text: str, stems: set[str]) -> bool:
     return (len(words) >= 6 and text[0].isupper() and text[-1] in ".!"
             and not NOT_DECENT.search(text) and len(set(words)) > 0.6 * len(words)
             and any(word[:4] in stems for word in words))
+
+
+def stems_of(topics: list[str]) -> dict[str, set[str]]:
+    """The lines of topics -> for each topic's name the beginnings of its words."""
+    return {topic.split("|")[0].strip(): _stems(topic) for topic in topics}
+
+
+def topic_of(prompt: Record, topics: Iterable[str]) -> str:
+    """The name of the topic that a prompt is about."""
+    return max((topic for topic in topics if topic in prompt["instruction"]), key=len)
 
 
 def _stems(topic: str) -> set[str]:

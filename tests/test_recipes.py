@@ -1,4 +1,7 @@
-"""The shell recipes, from their first to their last line, on a tiny model and the sample data."""
+"""The shell recipes, from their first to their last line, on the sample data.
+
+On a tiny model, and the offline one on the embedded model too, as its header offers it.
+"""
 
 import json
 import os
@@ -7,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from tiny_judge import save_tiny_judge
 
 ROOT = Path(__file__).resolve().parents[1]
+PRINCIPLES = ["helpfulness", "honesty", "instruction_following", "truthfulness"]
 pytestmark = [
     pytest.mark.xdist_group("processes"),
     pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
@@ -52,6 +58,86 @@ def test_paper_recipe(recipe, folder, tiny_llama, prompts, tmp_path):
     assert settings["learning_rate"] == 4e-4 and settings["batch_size"] == 8  # as in the paper
     answers = json.loads((out / "alpaca_eval.json").read_text())
     assert len(answers) == 3 and set(answers[0]) >= {"instruction", "output", "generator"}
+
+
+def test_paper_recipe_with_the_embedded_model(embedded_model, prompts, tmp_path):
+    """As its header says under Small; two sentences long, so that seconds are enough."""
+    first = prompts.read_text().splitlines()[0]
+    prompts.write_text(first + "\n")
+    printed = run_recipe("scripts/cut_offline.sh", BASE_MODEL=embedded_model.name,
+                         DATA="data/sample/train.jsonl", GPUS=1, OUT=tmp_path, PROMPTS=prompts,
+                         MAX_STEPS=1, MAX_NEW_TOKENS=8, VENV=sys.prefix)
+    assert f"answers: {tmp_path}/alpaca_eval.json" in printed
+    run = json.loads((tmp_path / "adapter/run.json").read_text())
+    assert run["steps"] == 1 and 0 < run["first_loss"] < 4  # a random model's is log(49152) = 10.8
+    (answer,) = json.loads((tmp_path / "alpaca_eval.json").read_text())
+    assert answer["instruction"] == json.loads(first)["instruction"]
+    assert answer["output"].strip()
+    assert load_file(tmp_path / "model/model.safetensors").keys() == load_file(
+        embedded_model / "model.safetensors").keys()
+
+
+def test_ai_judge_recipe(tiny_llama, tmp_path):
+    """A judge is trained on judgments and measured on others, however little it has learnt."""
+    printed = run_recipe("scripts/train_ai_judge.sh", BASE_MODEL=tiny_llama,
+                         DATA="data/sample/train.jsonl", GPUS=1, OUT=tmp_path, LIMIT=16, HELD_OUT=4,
+                         MAX_STEPS=2, MAX_NEW_TOKENS=4, VENV=sys.prefix)
+    assert "judgments that could be read" in printed and f"judge: {tmp_path}/model" in printed
+    run = json.loads((tmp_path / "adapter/run.json").read_text())
+    assert run["steps"] == 2 and run["counts"]["positives"] == 16 == run["counts"]["records"]
+    results = json.loads((tmp_path / "held_out_results.json").read_text())
+    assert results["metrics"]["readable"]["total"] >= 4
+
+
+def dialogues(folder: Path) -> dict[str, Path]:
+    """Some of the sample's dialogues, to train and to measure on."""
+    given = {"DATA": folder / "train.jsonl", "EVAL": folder / "test.jsonl"}
+    for path, name, count in ((given["DATA"], "train", 16), (given["EVAL"], "validation", 4)):
+        lines = (ROOT / f"data/sample/preferences/hh_{name}.jsonl").read_text().splitlines()
+        path.write_text("\n".join(lines[:count]) + "\n")
+    return given
+
+
+def rated_by_principle(folder: Path) -> dict[str, object]:
+    """Prompts with two completions, which all four principles rate otherwise."""
+    records = [{"instruction": f"Name {number} cats.", "completions": [
+        {"response": response, "annotations": {
+            principle: {"Rating": rating, "Rationale For Rating": f"It has {rating} of 5."}
+            for principle in PRINCIPLES}}
+        for response, rating in (("Cat. " * number, "5"), ("No.", "2"))]}
+        for number in range(1, 9)]
+    path = folder / "rated.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return {"DATA": path, "EVAL_SIZE": 2, "PRINCIPLES": 1}
+
+
+@pytest.mark.parametrize(("recipe", "name", "data", "judges"), [
+    ("hh", "self-judge-hh", dialogues, ["default"]),
+    ("uf", "self-judge-uf-pr", rated_by_principle, PRINCIPLES)])
+def test_self_judge_recipe(recipe, name, data, judges, prompts, tmp_path):
+    """From a base model to its policy's answers, greedy and by tournament."""
+    base, out = save_tiny_judge(tmp_path / "base"), tmp_path / "out"
+    run_recipe(f"scripts/self_judge_{recipe}.sh", **data(tmp_path), BASE_MODEL=base, OUT=out,
+               GPUS=1, ACCUMULATION=1, MAX_STEPS=2, MAX_NEW_TOKENS=4, NUM_SAMPLES=4, NESTED="1,2",
+               LOAD_IN="fp32", PROMPTS=prompts, VENV=sys.prefix)
+    jsft, trained = (json.loads((out / folder / "run.json").read_text())
+                     for folder in ("jsft", "self_judge"))
+    assert jsft["steps"] == trained["steps"] == 2
+    assert jsft["settings"]["training_args.learning_rate"] == 2e-5  # as in the paper
+    assert trained["settings"]["training_args.learning_rate"] == 5e-6
+    judged = json.loads((out / "judge.json").read_text())
+    assert list(judged["judgments"][0]["probabilities"]) == judges[:1]  # a pair of a principle
+    assert set(judged["metrics"]) == {"all", *(judges if len(judges) > 1 else ())}
+    # The policy: an adapter on what JSFT made of the base, which is an adapter itself or a model
+    settings, *lines = map(json.loads, (out / "tournament.json.samples.jsonl").read_text()
+                           .splitlines())
+    merged = {"hh": [str(out / "jsft"), str(out / "self_judge")], "uf": [str(out / "self_judge")]}
+    assert settings["adapters"] == merged[recipe]
+    assert list(lines[-1]["probabilities"]) == judges
+    for file, generator in (("greedy", name), ("tournament", f"{name}-tournament"),
+                            ("tournament.n2", f"{name}-tournament-n2")):
+        answers = json.loads((out / f"{file}.json").read_text())
+        assert len(answers) == 3 and {answer["generator"] for answer in answers} == {generator}
 
 
 def test_quickstart_and_again(tiny_llama, prompts, tmp_path):

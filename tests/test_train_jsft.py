@@ -205,9 +205,13 @@ def test_run_record_and_settings_are_saved(reference, data, common):
 
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
-    """One row each and four micro-batches, against two rows and two: the same batches of four."""
-    settings = {**adapter_settings, "peft_config.lora_dropout": 0,
-                "training_args.learning_rate": 1e-3}
+    """One row each and four micro-batches, against two rows and two: the same batches of four.
+
+    The last step has one row of 33, which accelerate gives to both processes.
+    """
+    settings = {**adapter_settings, "peft_config.lora_dropout": 0, "training_args.max_steps": -1,
+                "training_args.learning_rate": 1e-3,
+                "dataset": preference_data(tmp_path / "data", 11).uf}
     one = train(settings)
     folder = tmp_path / "two"
     done = subprocess.run(
@@ -218,6 +222,7 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2 (MULTI_CPU) on cpu\n" in done.stdout
     assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5)
+    assert len(losses(folder)) == 9
     for name, value in adapter(folder).items():
         torch.testing.assert_close(value, adapter(one.folder)[name], rtol=0, atol=1e-5)
 

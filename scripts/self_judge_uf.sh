@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# SELF-JUDGE on UltraFeedback: Llama-2-7B learns to answer and to judge, then from its own
+# judgments of its own answers.
+#
+#   bash scripts/self_judge_uf.sh
+#   PRINCIPLES=1 bash scripts/self_judge_uf.sh  # four principles vote; the judge gives its reasons
+#
+# Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 3 for JSFT (10 with principles); 90
+#           for self-training (the paper's longest run, on A100s; that it was this one is a guess);
+#           2 on one GPU for the answers.
+# Expected  Judge accuracy on held-out pairs 80.5 %, with principles and rationales 84.0 %; the win
+#           rate of the tournament grows with N = 1 .. 16.
+# Stopped?  The same command goes on; only the accuracy of the judge is measured again.
+# Small     BASE_MODEL=smollm2-135m-instruct DATA=data/sample/preferences/train.jsonl EVAL_SIZE=20 \
+#               GPUS=1 ACCUMULATION=1 MAX_STEPS=2 MAX_NEW_TOKENS=32 NUM_SAMPLES=4 NESTED=1,2 \
+#               LOAD_IN=fp32 PROMPTS=data/sample/heldout.jsonl bash $0
+#           (For PRINCIPLES=1 bring DATA with all four ratings; the sample's have no honesty.)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+source scripts/self_judge_steps.sh
+
+PRINCIPLES=${PRINCIPLES:-}
+BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-7b-hf}
+DATA=${DATA:-openbmb/UltraFeedback}  # or a folder, or a file
+EVAL_SIZE=${EVAL_SIZE:-1000}         # records held out of it to measure on
+OUT=${OUT:-runs/self-judge-uf${PRINCIPLES:+-pr}}
+PROMPTS=${PROMPTS:-}                 # default: the 805 AlpacaEval instructions, from the Hub
+GPUS=${GPUS:-8}
+ACCUMULATION=${ACCUMULATION:-$((8 / GPUS))} # 128 rows a step in JSFT, 64 queries in self-training
+JSFT_CONFIG=${JSFT_CONFIG:-configs/uf_jsft${PRINCIPLES:+_pr}.yaml}
+SELF_JUDGE_CONFIG=${SELF_JUDGE_CONFIG:-configs/uf_self_judge${PRINCIPLES:+_pr}.yaml}
+TEMPLATES=${TEMPLATES:-configs/templates/judge_uf${PRINCIPLES:+_principles}.yaml}
+MAX_STEPS=${MAX_STEPS:--1}           # of each training
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-768}
+NUM_SAMPLES=${NUM_SAMPLES:-16}
+NESTED=${NESTED:-1,2,4,8}            # further tournaments, among the first so many samples
+LOAD_IN=${LOAD_IN:-bf16}             # to judge and to answer; fp32 on a CPU
+BATCH_TOKENS=${BATCH_TOKENS:-65536}  # sampled at once; lower it if memory is short
+OVERRIDES=${OVERRIDES:-}             # of both trainings: section.key=value ...
+DATASET=(dataset.path="$DATA" dataset.eval_size="$EVAL_SIZE")
+
+jsft
+self_training
+answers "self-judge-uf${PRINCIPLES:+-pr}"

@@ -1,0 +1,377 @@
+"""The online loop on a tiny model: two rounds, kills, audits, changed settings.
+
+    python -m pytest tests/test_online.py -n0
+
+Stages run in this process, by the same command lines; the kills are of real processes.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from fault_server import FaultServer
+
+from cut.online import audit, digest, in_order
+from lm.cli import _reject_unknown_flags
+from lm.records import InputError, read_records, write_json
+from scripts import online, online_stages, plot_online
+from scripts.make_sample_data import make_instructions
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["annotate", "evaluate", "generate", "merge", "sample", "train"]
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+def records(count: int, start: int = 0) -> list[dict]:
+    """Instructions; a random model keeps the constraint of every second one, hardly the others."""
+    constraints = ({"kind": "punctuation:no_comma", "kwargs": {}},
+                   {"kind": "keywords:existence", "kwargs": {"keywords": ["rainbow"]}})
+    return [{"instruction": f"Name {number} cats.", "constraints": [constraints[number % 2]]}
+            for number in range(start, start + count)]
+
+
+def here(command: list[str], lock: object = None) -> int:
+    """What `python SCRIPT ...` would return, without the seconds that its imports take."""
+    arguments, sys.argv = sys.argv, command[1:]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = arguments
+    return 0
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> list[list[str]]:
+    """Stages run in this process; the list of their commands."""
+    commands = []
+    monkeypatch.setattr(online_stages, "call",
+                        lambda command, lock: commands.append(command) or here(command))
+    return commands
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_llama, tmp_path_factory) -> dict:
+    """Flags of two tiny rounds."""
+    folder = tmp_path_factory.mktemp("online")
+    for name, prompts in {"pool": records(8), "eval": records(2, start=7)}.items():
+        write_json(folder / f"{name}.json", prompts)
+    return {"model": str(tiny_llama), "instructions": str(folder / "pool.json"),
+            "output_dir": str(folder / "run"), "rounds": 2, "per_round": 3, "samples": 2,
+            "temperature": 1.0, "max_new_tokens": 6, "judge": "rules", "repeats": 2,
+            "eval_prompts": str(folder / "eval.json"),
+            "train_settings": "batch_size=2 learning_rate=1e-2 warmup_steps=0 downsample=-1 "
+                              "cutoff_len=256 save_steps=1"}
+
+
+@pytest.fixture(scope="module")
+def finished(settings) -> Path:
+    """The folder of a run that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_stages, "call", here)
+        online.main(**settings)
+    return Path(settings["output_dir"])
+
+
+def manifests(folder: Path) -> dict[str, dict]:
+    """By round and stage: all that does not depend on the clock."""
+    return {f"{path.parent.parent.name} {path.stem}": {
+        key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+        for path in sorted(folder.glob("round*/manifests/*.json"))}
+
+
+def copy_until(finished: Path, folder: Path, last: str) -> Path:
+    """The run as it was when the stage `last` of its first round had ended."""
+    order = ["sample", "generate", "annotate", "train", "merge", "evaluate"]
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("round2"))
+    for stage in order[order.index(last) + 1:]:
+        (folder / f"round1/manifests/{stage}.json").unlink()
+    for made in ("adapter", "model"):
+        shutil.rmtree(folder / "round1" / made)
+    for made in (folder / "round1").glob("answers.json*"):
+        made.unlink()
+    return folder
+
+
+def checked(settings: dict, **change) -> SimpleNamespace:
+    """All flags, as a stage gets them."""
+    defaults = {name: flag.default
+                for name, flag in inspect.signature(online.main).parameters.items()}
+    flags = SimpleNamespace(**defaults | settings | change)
+    online.check(flags)
+    online.load_pool(flags)
+    flags.folder, flags.lock = Path(flags.output_dir), None
+    return flags
+
+
+def test_two_rounds(finished, settings):
+    found = manifests(finished)
+    assert sorted(found) == ["round0 evaluate", *(f"round{number} {stage}" for number in (1, 2)
+                                                  for stage in STAGES)]
+    for number in (1, 2):
+        counts = found[f"round{number} annotate"]["counts"]
+        assert counts["responses"] == 6 and counts["failed"] == 0
+        assert counts["positive"] and counts["negative"]
+        assert counts["repeats"] == counts["alike"] == 2
+        assert found[f"round{number} train"]["counts"]["records"] == 6
+    assert found["round2 train"]["inputs"]["model"] == found["round1 merge"]["outputs"]["model"]
+    assert found["round2 train"]["inputs"]["model"] != found["round1 train"]["inputs"]["model"]
+    assert found["round1 generate"]["outputs"]["responses"] == hashlib.sha256(
+        (finished / "round1/responses.json").read_bytes()).hexdigest()
+    told = json.loads((finished / "online.json").read_text())
+    assert told["status"] == "finished" and told["settings"]["seed"] == 0
+    assert [entry["round"] for entry in told["rounds"]] == [0, 1, 2]
+    assert all(0 <= entry["low"] <= entry["score"] <= entry["high"] <= 100
+               and entry["measure"] == "constraints satisfied, %" for entry in told["rounds"])
+    assert (finished / "online.png").stat().st_size > 10_000
+
+
+def test_no_instruction_comes_twice_and_none_is_evaluated_on(finished, settings):
+    drawn = Counter(record["instruction"] for number in (1, 2)
+                    for record in read_records(finished / f"round{number}/instructions.jsonl"))
+    assert len(drawn) == 6 and set(drawn.values()) == {2}  # samples
+    assert not drawn.keys() & {record["instruction"]
+                               for record in read_records(settings["eval_prompts"])}
+    outputs = {record["output"] for record in read_records(finished / "round1/responses.json")}
+    assert len(outputs) > 3  # samples of an instruction differ
+
+
+def test_the_order_depends_on_the_seed_alone():
+    pool = [*records(9), {"instruction": "Name 3 cats.", "input": ""},
+            {"instruction": "Name 3", "input": "cats."}]
+    order = in_order(pool, records(1), seed=0)
+    assert len(order) == 9  # 9 + 2 - one that comes again - one to evaluate on
+    assert order == in_order(pool, records(1), seed=0)
+    assert order != in_order(pool, records(1), seed=1)
+
+
+def test_finished_stages_are_skipped_and_a_used_model_may_be_gone(finished, settings, tmp_path,
+                                                                  in_process, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "round1/model")
+    # What changes no result may change.
+    online.main(**settings | {"output_dir": str(folder), "gpus": 2, "max_positive": 0.9,
+                              "generate_settings": "batch_tokens=64"})
+    assert in_process == [] and manifests(folder) == manifests(finished)
+    printed = capsys.readouterr().out
+    assert printed.count(" is done\n") == 13
+    rows = re.findall(r"^[012] .*", printed, re.M)
+    assert len(rows) == 3 and all("2 of 2" in row for row in rows[1:])
+
+
+@pytest.mark.parametrize("victims", ["the loop alone", "its stage too"])
+def test_kill_9_and_the_same_command_ends_with_the_same(victims, finished, settings, tmp_path,
+                                                        in_process, capsys):
+    """A real loop is killed while it trains. If its stage lives on, that is waited for."""
+    folder = copy_until(finished, tmp_path / "run", "annotate")
+    flags = settings | {"output_dir": str(folder), "rounds": 1}
+    command = [sys.executable, "scripts/online.py", *(f"--{name}={value}"
+                                                      for name, value in flags.items())]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "round1/adapter/run.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "ended before the kill"
+        time.sleep(0.005)
+    (os.kill if victims == "the loop alone" else os.killpg)(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "round1/manifests/train.json").exists()
+    online.main(**flags)
+    if victims == "the loop alone":
+        assert "waiting for its end" in capsys.readouterr().out
+    expected = manifests(finished)
+    assert manifests(folder) == {key: value for key, value in expected.items()
+                                 if not key.startswith("round2")}
+
+
+def test_changed_settings_and_inputs_are_told(finished, settings, tmp_path, in_process):
+    folder = copy_until(finished, tmp_path / "run", "annotate")
+    flags = settings | {"output_dir": str(folder)}
+    with pytest.raises(InputError, match=r"online.json: .*\(temperature was 1.0, is 0.5\); "
+                                         r".*another --output_dir"):
+        online.main(**flags | {"temperature": 0.5})
+    with pytest.raises(InputError, match=r"train_settings was .*'1e-2'.*, is .*'1e-3'"):
+        online.main(**flags | {"train_settings": "learning_rate=1e-3"})
+    write_json(tmp_path / "pool.json", records(9))
+    with pytest.raises(InputError, match=r"\(instructions was '\w{64}', is '\w{64}'\)"):
+        online.main(**flags | {"instructions": str(tmp_path / "pool.json")})
+    (folder / "round1/responses.json").write_text("[]")
+    with pytest.raises(InputError, match=r"round1/manifests/annotate.json: .*responses was"):
+        online.main(**flags)
+    assert in_process == []
+
+
+def test_a_stage_that_stops_stops_the_loop_in_one_line(finished, settings, tmp_path, in_process):
+    folder = copy_until(finished, tmp_path / "run", "annotate")
+    with pytest.raises(InputError, match=r"finetune_unlikelihood.py stopped with exit code 2; .* "
+                                         r"the same command goes on"):
+        online.main(**settings | {"output_dir": str(folder), "train_settings":
+                                  f"{settings['train_settings']} micro_batch_size=3"})
+    assert not (folder / "round1/manifests/train.json").exists()
+
+
+COUNTS = {"responses": 10, "failed": 0, "positive": 5, "negative": 5}
+
+
+@pytest.mark.parametrize(("change", "found"), [
+    ({}, None), ({"failed": 1, "negative": 4}, None), ({"repeats": 5, "alike": 4}, None),
+    ({"failed": 2, "negative": 3}, r"2 of 10 failed \(20 %; expected 0 to 10 %, --max_failed"),
+    ({"failed": 10, "positive": 0, "negative": 0}, "10 of 10 failed"),
+    ({"positive": 10, "negative": 0}, r"10 of 10 positive \(100 %; expected 5 to 95 %"),
+    ({"positive": 0, "negative": 10}, "0 of 10 positive"),
+    ({"repeats": 5, "alike": 3}, r"3 of 5 alike when asked for again \(60 %; expected 80 to")])
+def test_audit(change, found):
+    bad = audit({**COUNTS, **change}, 0.1, 0.05, 0.95, 0.8)
+    assert bad == [] if found is None else len(bad) == 1 and re.match(found, bad[0])
+
+
+def test_audit_stops_at_failed_or_one_sided_judgments_and_goes_on_with_good_ones(
+        settings, tmp_path, in_process):
+    """The human judge: nothing is filled in; all of it the same; then something is wrong."""
+    folder, sheet = tmp_path / "run", tmp_path / "sheet.jsonl"
+    flags = settings | {"output_dir": str(folder), "rounds": 1, "judge": "human",
+                        "judge_settings": f"sheet={sheet}"}
+    with pytest.raises(InputError, match=r"round 1: stopped before training.* 6 of 6 failed "
+                                         r"\(100 %; expected 0 to 10 %"):
+        online.main(**flags)
+    assert not (folder / "round1/manifests/annotate.json").exists()
+    rows = read_records(sheet)
+    write_json(sheet, [{**row, "judgment": "Perfect."} for row in rows[:-1]] + rows[-1:])
+    with pytest.raises(InputError, match=r"1 of 6 failed \(17 %.*; 5 of 5 positive \(100 %"):
+        online.main(**flags)
+    assert not (folder / "round1/adapter").exists()
+    write_json(sheet, [*read_records(sheet)[:-1], {**rows[-1], "judgment": "It is too short."}])
+    in_process.clear()
+    online.main(**flags)
+    assert in_process[0][1].endswith("annotate.py")  # nothing before it is done again
+    counts = manifests(folder)["round1 annotate"]["counts"]
+    assert (counts["positive"], counts["negative"]) == (5, 1) and "repeats" not in counts
+
+
+def test_audit_stops_a_judge_that_contradicts_itself(settings, tmp_path, in_process, monkeypatch):
+    """Asked again, with another seed, it says the opposite; the first answers were half good."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    asked = Counter()
+
+    def contradict(text: str) -> str:
+        asked[text] += 1
+        good = (hashlib.sha256(text.encode()).digest()[0] + asked[text]) % 2
+        return "perfect" if good else "It is wrong."
+
+    folder = tmp_path / "run"
+    with FaultServer(answer=contradict) as server, pytest.raises(
+            InputError, match=r"0 of 2 alike when asked for again \(0 %; expected 80 to 100 %"):
+        online.main(**settings | {
+            "output_dir": str(folder), "judge": "server", "judge_model": "gpt-4",
+            "judge_settings": f"base_url={server.url} cache={tmp_path / 'cache'} concurrency=1"})
+    assert len(server.asked) == 8 and [body.get("seed") for body in server.bodies] == [
+        None] * 6 + [1] * 2
+    assert not (folder / "round1/adapter").exists()
+
+
+def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_process,
+                                                        monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    prompts = [{"instruction": f"Say {word}.", "output": word, "generator": "davinci"}
+               for word in ("one", "two", "three")]
+    write_json(tmp_path / "reference.json", prompts)
+    with FaultServer(answer=lambda text: "M") as server:
+        flags = checked(settings, output_dir=str(tmp_path / "run"), annotator="local",
+                        eval_prompts=str(tmp_path / "reference.json"),
+                        evaluate_settings=f"base_url={server.url} judge_model=tiny "
+                                          f"reference_outputs={tmp_path / 'reference.json'}")
+        counts = online_stages.evaluate(flags, 0, settings["model"])["counts"]
+        assert len(server.asked) == 3
+    assert counts["measure"] == "AlpacaEval win rate, %" and 0 <= counts["score"] <= 100
+    assert counts["low"] <= counts["score"] <= counts["high"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rounds": 3}, "has 7 different instructions that are not evaluated on, but 3 rounds of 3"),
+    ({"temperature": 0.0}, "--samples 2 with --temperature 0 would all be the same"),
+    ({"judge": "gpt"}, "--judge 'gpt': expected one of server, local, rules, human"),
+    ({"judge": "server"}, "--judge server needs --judge_model"),
+    ({"model": "./none"}, "no such model folder"), ({"per_round": 0}, "expected 1 or more"),
+    ({"max_failed": 2.0}, "expected a share"),
+    ({"train_settings": "learning_rat=1"}, "words like learning_rate=VALUE"),
+    ({"train_settings": "data_path=x.json"}, "--train_settings: 'data_path=x.json' cannot be set"),
+    ({"judge_settings": "max_cost"}, "words like max_cost=VALUE"),
+    ({"instructions": "none.json"}, "none.json: no such file")])
+def test_bad_flags_are_one_line(change, message, settings, tmp_path, in_process):
+    with pytest.raises(InputError, match=message) as error:
+        online.main(**settings | {"output_dir": str(tmp_path / "run"), **change})
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_several_gpus_train_by_torchrun(settings, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(online_stages, "call", lambda command, lock: commands.append(command) or -9)
+    flags = checked(settings, gpus=8)
+    with pytest.raises(InputError, match="was killed by signal 9"):
+        online_stages.execute(flags, "merge.py", processes=8, device="cpu", overwrite=True)
+    assert commands == [["torchrun", "--nproc_per_node=8", os.path.relpath(ROOT / "merge.py"),
+                         "--device", "cpu", "--overwrite", "True"]]
+    assert capsys.readouterr().out.startswith("$ torchrun --nproc_per_node=8 ")
+
+
+def test_digest_of_a_model_is_that_of_its_weights(tiny_llama, tmp_path):
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    (copy / "merge.json").write_text("{}")
+    assert digest(copy) == digest(tiny_llama) and len(digest(copy)) == 64
+    (copy / "model.safetensors").write_bytes(b"other")
+    assert digest(copy) != digest(tiny_llama)
+    assert digest("org/name") == "org/name"
+
+
+def test_plot_needs_a_finished_round(tmp_path):
+    with pytest.raises(InputError, match="not there; give the --output_dir"):
+        plot_online.main(str(tmp_path))
+    write_json(tmp_path / "online.json", {"status": "running"})
+    with pytest.raises(InputError, match="no round is finished yet"):
+        plot_online.main(str(tmp_path))
+
+
+@pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
+                    reason="the recipe would install its requirements here")
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/cut_online*.env")),
+                         ids=lambda path: path.stem)
+def test_recipe_gives_the_loop_flags_that_it_takes(config):
+    """Both environment files; a shell function stands for python and shows what it would get."""
+    shown = subprocess.run(
+        ["bash", "-c", 'python() { printf "%s\\n" "$@"; }; export -f python; '
+         "bash scripts/cut_online.sh --repeats 3"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "CONFIG": str(config), "VENV": sys.prefix, "ROUNDS": "7"})
+    assert shown.returncode == 0, shown.stderr
+    words = shown.stdout.split("scripts/online.py\n")[1].splitlines()
+    _reject_unknown_flags(online.main, words)
+    assert words[words.index("--rounds") + 1] == "7" and words[-2:] == ["--repeats", "3"]
+    texts = [word.partition("=") for word in words if "_settings=" in word]
+    assert len(texts) >= 2
+    for flag, _, text in texts:
+        assert online.read_settings(flag[2:].removesuffix("_settings"), text)
+
+
+def test_sample_instructions_are_what_the_script_makes_and_new_to_the_evaluation():
+    sample = ROOT / "data/sample"
+    made = read_records(sample / "instructions.jsonl")
+    ingredients = yaml.safe_load((sample / "ingredients.yaml").read_text(encoding="utf-8"))
+    assert made == make_instructions(ingredients, seed=0)
+    texts = {record["instruction"] for record in made}
+    assert len(texts) == len(made) >= 300 and len({record["id"] for record in made}) == len(made)
+    for split in ("validation", "heldout"):
+        assert not texts & {record["instruction"]
+                            for record in read_records(sample / f"{split}.jsonl")}
