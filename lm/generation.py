@@ -148,22 +148,32 @@ class Sampler:
         if step == 0 and scores.isnan().any():
             raise InputError("the model's next-token scores are not numbers: training diverged, or "
                              "half precision overflowed; try a lower learning rate, or fp32")
-        mass, tokens = self._nucleus((scores.double() / self.temperature).softmax(-1))
-        drawn = self.uniform[:, step, None].to(scores.device) * mass.sum(-1, keepdim=True)
-        place = (mass.cumsum(-1) <= drawn).sum(-1, keepdim=True)
-        chosen = tokens.gather(-1, place.clamp(max=mass.shape[-1] - 1))
+        probabilities = (scores.double() / self.temperature).softmax(-1)
+        chosen = self._chosen(probabilities, self.uniform[:, step, None].to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
 
-    def _nucleus(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (B, V) -> those of the candidates, 0 outside the nucleus, and their ids."""
+    def _chosen(self, probabilities: Tensor, uniform: Tensor) -> Tensor:
+        """Probabilities (B, V) and numbers in [0, 1) (B, 1) -> a token of each nucleus (B, 1)."""
         if self.top_p == 1:
-            everything = torch.arange(probabilities.shape[-1], device=probabilities.device)
-            return probabilities, everything.expand_as(probabilities)
+            return find_place(probabilities, uniform)
         # A nucleus is seldom large, and to sort 49k probabilities costs half a step on a CPU.
         mass, tokens = probabilities.topk(min(1024, probabilities.shape[-1]))
-        if (mass.sum(-1) < self.top_p).any():
-            mass, tokens = probabilities.sort(dim=-1, descending=True)
-        return mass * (mass.cumsum(-1) - mass < self.top_p), tokens
+        chosen = tokens.gather(-1, find_place(self._nucleus(mass), uniform))
+        large = mass.sum(-1) < self.top_p
+        if large.any():
+            mass, tokens = probabilities[large].sort(dim=-1, descending=True)
+            chosen[large] = tokens.gather(-1, find_place(self._nucleus(mass), uniform[large]))
+        return chosen
+
+    def _nucleus(self, mass: Tensor) -> Tensor:
+        """Descending probabilities (B, K) with 0 outside the nucleus."""
+        return mass * (mass.cumsum(-1) - mass < self.top_p)
+
+
+def find_place(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Where a number in [0, 1) (B, 1) falls in the cumulative mass (B, K), scaled to its sum."""
+    below = mass.cumsum(-1) <= uniform * mass.sum(-1, keepdim=True)
+    return below.sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
 
 
 def _check_lengths(rows: Mapping[Hashable, list[int]], model: "PreTrainedModel",

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.models import load_tokenizer
-from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.records import InputError, Record, read_records, write_json, wrong_field
 from lm.shares import Share
 from lm.tables import table
 
@@ -125,8 +125,9 @@ def read_pairs(source: str, templates: "Templates", seed: int = 42) -> list[Reco
     for index, record in enumerate(records):
         if "completions" not in record and ("context" in record or "instruction" in record):
             text = "context" if "context" in record else "instruction"
-            check_fields([record], source, {text: (str,), "chosen": (str,), "rejected": (str,)},
-                         {"principle": (str, NoneType)})
+            if wrong := wrong_field(record, {text: (str,), "chosen": (str,), "rejected": (str,)},
+                                    {"principle": (str, NoneType)}):
+                raise InputError(f"{source}: record {index}: {wrong}")
             context = record[text] if text == "context" else context_text(
                 [{"role": "user", "content": record[text]}])
             pairs.append({"context": context, **{

@@ -13,6 +13,7 @@ from lm.records import InputError
 from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
+from self_judge.inputs import context_of
 from self_judge.jsft_trainer import JsftTrainer
 from self_judge.launch import Data
 
@@ -46,8 +47,12 @@ def load_data(config: Config, arguments: SFTConfig) -> Data:
 
 
 def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> JsftTrainer:
-    """The trainer; checks that the architecture's logits are understood."""
+    """The trainer; checks that model and rows fit, and that its logits are understood."""
     options = launch.judge_options(config, data.tokenizer)
+    context = context_of(model)
+    if context and launch.max_length(config) > context:
+        raise InputError(f"{config.path}: jsft_args.max_length {launch.max_length(config)} is more "
+                         f"than the model's context of {context}; lower it")
     try:
         trainer = JsftTrainer(
             model=model, args=arguments, train_dataset=data.train, eval_dataset=data.held_out,

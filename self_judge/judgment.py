@@ -164,6 +164,10 @@ def judge_preferences(model: "Module", tokenizer: "PreTrainedTokenizerBase",
     `settings` are those of `judge_pairs`.
     """
     prompts = named(judge_templates)
+    for index, record in enumerate(preferences):
+        if record.get("principle") not in (None, *prompts):
+            raise InputError(f"pair {index}: principle {record['principle']!r} has no judge "
+                             f"template; there are {', '.join(prompts)}")
     pairs = [Pair(record["context"], record["chosen"], record["rejected"])
              for record in preferences]
     judgments: dict[int, Judgment] = {}
@@ -173,10 +177,6 @@ def judge_preferences(model: "Module", tokenizer: "PreTrainedTokenizerBase",
         texts = prompts if principle is None else {principle: prompts[principle]}
         judged = judge_pairs(model, tokenizer, [pairs[index] for index in group], texts, **settings)
         judgments.update(zip(group, judged, strict=True))
-    for index, record in enumerate(preferences):
-        if index not in judgments:
-            raise InputError(f"pair {index}: principle {record['principle']!r} has no judge "
-                             f"template; there are {', '.join(prompts)}")
     return [judgments[index] for index in range(len(pairs))], pairs
 
 

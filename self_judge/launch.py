@@ -193,9 +193,14 @@ def judge_options(config: Config, tokenizer) -> dict:
     """Judge prompts by principle and the decisions' tokens, so that one asks as JSFT trains."""
     templates = load_templates(config.templates)
     prompts = judge_templates(templates, tokenizer)
-    ids = [own_args(config).get(f"token_id_{letter}") for letter in "ab"]
-    if ids == [None, None] and templates.decision != DECISION:
-        ids = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
+    ids = tuple(own_args(config).get(f"token_id_{letter}") for letter in "ab")
+    if config.kind == "jsft" or (ids == (None, None) and templates.decision != DECISION):
+        learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
+        if ids not in ((None, None), learnt):
+            raise InputError(f"{config.path}: jsft_args.token_id_a and token_id_b are {ids[0]} and "
+                             f"{ids[1]}, but the decisions' tokens, which are learnt, are "
+                             f"{learnt[0]} and {learnt[1]}; leave them out")
+        ids = learnt
     return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
 
 

@@ -2,7 +2,7 @@
 
 Where trl has no Triton, as on a CPU, it scores every position, prompts and padding too, in tiles of
 half a gigabyte. `lm.log_probs` scores the supervised ones in small chunks, on every device, and
-finds a frozen head's derivative on the way. `benchmarks/self_judge_step.py` measures both.
+finds a frozen head's derivative on the way. `benchmarks/self_judge_step.py` measures a step of it.
 """
 
 import functools

@@ -153,3 +153,23 @@ def test_quickstart_and_again(tiny_llama, prompts, tmp_path):
     printed = run_recipe("scripts/quickstart.sh", **variables)
     assert "this run is finished" in printed and "already there" in printed
     assert adapter.stat().st_mtime_ns == before
+
+
+def test_self_judge_quickstart_and_again(tmp_path):
+    """The second newcomer's command; typed again it trains, samples and judges nothing anew."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for path in (ROOT / "data/sample/preferences").glob("*.jsonl"):
+        lines = path.read_text().splitlines()[:4]
+        (data / path.name).write_text("\n".join(lines) + "\n")
+    variables = {"MODEL": save_tiny_judge(tmp_path / "model"), "OUT": out, "DATA": data,
+                 "JSFT_STEPS": 1, "SELF_JUDGE_STEPS": 1, "MAX_NEW_TOKENS": 4, "VENV": sys.prefix}
+    printed = run_recipe("scripts/self_judge_quickstart.sh", **variables)
+    assert "JSFT, best of 8 samples" in printed and "everything is in" in printed
+    assert (out / "self_judge.png").stat().st_size > 10_000
+    models = json.loads((out / "results.json").read_text())["models"]
+    assert {share["all"]["total"] for share in models.values()} == {4} and len(models) == 6
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    printed = run_recipe("scripts/self_judge_quickstart.sh", **variables)
+    assert printed.count("this run is finished") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}

@@ -240,6 +240,8 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     ({"training_args.eval_strategy": "steps", "training_args.eval_steps": 2,
       "training_args.load_best_model_at_end": "true"}, "needs records for evaluation"),
     ({"model.load_in": "4bit"}, "4bit weights cannot be trained"),
+    ({"jsft_args.max_length": 5000}, "max_length 5000 is more than the model's context of 1024"),
+    ({"jsft_args.token_id_a": 7, "jsft_args.token_id_b": 8}, r"are 7 and 8, but the decisions'"),
     ({"peft_config.target_modules": "[nothing]"}, "Target modules .*nothing.* not found")])
 def test_mistakes_are_one_line(settings, message, train):
     assert_one_line(train(settings), message)
