@@ -30,4 +30,6 @@ def wilson(hits: float, total: int) -> Share:
     share, spread = hits / total, MARGIN**2 / total
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return Share(hits, total, share, max(0.0, centre - half), min(1.0, centre + half))
+    # At 0 and 1 an end of the interval is the share itself, but for rounding
+    return Share(hits, total, share, max(0.0, min(share, centre - half)),
+                 min(1.0, max(share, centre + half)))

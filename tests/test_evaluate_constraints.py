@@ -55,6 +55,9 @@ def test_wilson_interval_by_hand():
     assert wilson(0, 10).low == 0 and wilson(0, 10).high > 0.2
     assert wilson(10, 10).high == pytest.approx(1) and wilson(10, 10).low < 0.8
     assert str(wilson(34, 60)) == "34/60   57 % [ 44,  68]"
+    for total in range(1, 200):  # whatever is rounded how
+        for share in (wilson(0, total), wilson(total, total)):
+            assert share.low <= share.share <= share.high
 
 
 def test_constraints_are_counted_by_kind_and_overall():

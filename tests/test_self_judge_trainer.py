@@ -498,6 +498,8 @@ def test_values_of_a_dpo_config_count_where_the_arguments_are_left_alone(tmp_pat
         values(arguments(tmp_path), loss_type="robust")
     with pytest.raises(InputError, match="precompute_ref_log_probs"):
         values(arguments(tmp_path, precompute_ref_log_probs=True))
+    with pytest.raises(InputError, match="use_weighting"):
+        values(arguments(tmp_path, use_weighting=True))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
