@@ -35,7 +35,7 @@ def training_arguments(args: TrainingArguments | None, **given: object) -> DPOCo
         raise InputError(f"loss_type is {', '.join(args.loss_type)}; expected one of "
                          f"{', '.join(LOSS_TYPES)} (average_log_prob averages over tokens)")
     if args.use_weighting:
-        raise InputError("use_weighting cannot be: its weights need the full logits; leave it False")
+        raise InputError("use_weighting cannot be: it needs the full logits; leave it False")
     if args.precompute_ref_log_probs:
         raise InputError("precompute_ref_log_probs cannot be: what the policy will answer is not "
                          "known before training; leave it False")

@@ -20,8 +20,8 @@ from self_judge.judgment import Pair, judge_pairs
 from self_judge.metrics import count_step, counted_tokens
 from self_judge.pairs import Comparison, keep_end, part_of
 
-# As in CUT, a pair a forward is as fast as four on a CPU, and a GPU wants its units filled.
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 16384}  # padding included; at least one pair
+# A pair a forward is as fast as several on a CPU, with less memory; a GPU wants its units filled.
+TOKENS_PER_FORWARD = {"cpu": 256, "cuda": 16384}  # padding included; at least one pair
 
 
 class OnPolicy:

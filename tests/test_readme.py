@@ -55,7 +55,8 @@ def test_recipes_exist_and_parse():
 
 def test_linked_files_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    paths = re.findall(r"`((?:configs|data|scripts|cut|lm|self_judge|benchmarks)/[\w./-]*\w/?)`", README)
+    folders = "configs|data|scripts|cut|lm|self_judge|benchmarks"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*\w/?)`", README)
     assert links and paths
     for path in links + paths:
         assert (ROOT / path).exists(), path
