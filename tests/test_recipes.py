@@ -117,6 +117,8 @@ def rated_by_principle(folder: Path) -> dict[str, object]:
 def test_self_judge_recipe(recipe, name, data, judges, prompts, tmp_path):
     """From a base model to its policy's answers, greedy and by tournament."""
     base, out = save_tiny_judge(tmp_path / "base"), tmp_path / "out"
+    config = json.loads((base / "config.json").read_text())  # the published max_length fits in
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     run_recipe(f"scripts/self_judge_{recipe}.sh", **data(tmp_path), BASE_MODEL=base, OUT=out,
                GPUS=1, ACCUMULATION=1, MAX_STEPS=2, MAX_NEW_TOKENS=4, NUM_SAMPLES=4, NESTED="1,2",
                LOAD_IN="fp32", PROMPTS=prompts, VENV=sys.prefix)
