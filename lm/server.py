@@ -220,8 +220,8 @@ class Server:
     def _told(self, error: Exception) -> str:
         """One line of what happened, without the key should the server repeat it."""
         cause = f" ({error.__cause__})" if type(error).__name__ == "APIConnectionError" else ""
-        text = " ".join(f"{error}{cause}".split())[:300] or type(error).__name__
-        return text.replace(self._client.api_key, "[key]")
+        text = " ".join(f"{error}{cause}".split()) or type(error).__name__
+        return text.replace(self._client.api_key, "[key]")[:300]  # cut last: no part of a key stays
 
 
 def generate_on(server: Server, prompts: Mapping[int, str | Sequence[Mapping[str, str]]], *,

@@ -22,7 +22,8 @@ KEYS = {"perfect": {"verdict", "system", "user"},
 FIELD = re.compile(r"\{(\w+)\}")
 PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
 DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
-REFUSAL = re.compile(r"\W*((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|as an ai\b|"
+REFUSAL = re.compile(r"\W*(unfortunately\W+)?"
+                     r"((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|as an ai\b|"
                      r"i (can ?not|can['’]t|won['’]t|will not|am (not able|unable))|"
                      r"i['’]m (not able|unable))", re.IGNORECASE)
 

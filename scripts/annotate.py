@@ -280,6 +280,8 @@ def finish(settings: SimpleNamespace, records: list[Record], judged: dict[int, R
               "the judge's words")
     if good:
         write_records(output, good)
+    else:
+        output.unlink(missing_ok=True)  # one that --overwrite was to replace
     write_json(output.with_name(output.name + ".summary.json"),
                {**counts, "settings": identity(settings, records)})
     return len(failed)

@@ -107,7 +107,8 @@ def serving(folder: Path, dtype: str) -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://localhost:{port}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has stopped by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 

@@ -6,8 +6,8 @@
 # Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): about 1 for training, 1 for answers.
 # Expected  AlpacaEval win rate against text-davinci-003 with GPT-4 as judge: 1.87 before, 61.06
 #           after for LLaMA2-13b; 81.09 before, 90.73 after for LLaMA2-13b-chat.
-# Other data: DATA=my.json (records as in data/README.md); the summarization critiques of Table 3:
-#           scripts/convert2alpaca.py writes them in the same format.
+# Other data: DATA=my.json (records as in data/README.md); DATA=data/summary-train.json: the
+#           summarization critiques of Table 3, fetched and converted if they are not there.
 # Small     BASE_MODEL=smollm2-135m-instruct DATA=data/sample/train.jsonl GPUS=1 bash $0
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,11 +27,23 @@ MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
 THRESHOLD=${THRESHOLD:-1.1}       # lambda, searched in {1.1, 1.2}
 WEIGHT_UNLIKE=${WEIGHT_UNLIKE:-1} # alpha, searched in {0.25, 0.5, 1}
 
-# 1. Data: 1317 records, every one judged unsatisfactory. Nothing to do if DATA exists.
+# 1. Data, unless it is there. Shepherd: 1317 records, every one judged unsatisfactory.
 if [ ! -e "$DATA" ]; then
-    python scripts/download_data.py shepherd
-    python scripts/convert2alpaca.py --shepherd_model "$SHEPHERD/human_data_for_model.jsonl" \
-        --shepherd_raw "$SHEPHERD/human_data_raw.jsonl" --output "$DATA"
+    case "$DATA" in
+    data/shepherd.json)
+        python scripts/download_data.py shepherd
+        python scripts/convert2alpaca.py --shepherd_model "$SHEPHERD/human_data_for_model.jsonl" \
+            --shepherd_raw "$SHEPHERD/human_data_raw.jsonl" --output "$DATA" ;;
+    data/summary-train.json)
+        python scripts/download_data.py critiques
+        for split in test train; do # the first is what evaluate_summarization.py measures on
+            python scripts/convert2alpaca.py --output "data/summary-$split.json" \
+                --critiques "data/downloads/critiques/$split.jsonl.gz"
+        done ;;
+    *)
+        echo "error: $DATA is not there" >&2
+        exit 1 ;;
+    esac
 fi
 
 # 2. CUT.

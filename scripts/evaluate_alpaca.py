@@ -66,8 +66,8 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         output_dir: default: MODEL_OUTPUTS without its suffix / annotator.
         limit: only the first so many answers; 0 is all.
         concurrency: requests under way at a time.
-        max_requests: stop before more requests than this; 0 is no limit.
-        max_cost: stop before more dollars than this; 0 is no limit.
+        max_requests: stop a run before more requests than this; 0 is no limit.
+        max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
     """

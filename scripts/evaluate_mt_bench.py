@@ -57,8 +57,8 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         temperature: of the judge; 0 is greedy, below 0 it is left to the server.
         concurrency: requests under way at a time.
         timeout: seconds to wait for a reply before asking again.
-        max_requests: stop before more requests than this; 0 is no limit.
-        max_cost: stop before more dollars than this; 0 is no limit.
+        max_requests: stop a run before more requests than this; 0 is no limit.
+        max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
     """

@@ -215,8 +215,9 @@ def open_record(settings: SimpleNamespace) -> Record:
     path = settings.folder / "online.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        refuse_changes(path, found["settings"] | {"instructions": found["data"]["sha256"]},
-                       record["settings"] | {"instructions": record["data"]["sha256"]})
+        refuse_changes(path, *(run["settings"] | {
+            "instructions": run["data"]["sha256"] or run["data"]["path"]}  # a Hub id has no hash
+            for run in (found, record)))
     write_json(path, record)
     return record
 

@@ -94,9 +94,12 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     """Judgments that have passed the audit."""
     folder = folder_of(settings, number)
     responses, judged = folder / "responses.json", folder / "judged.json"
+    inputs = {"responses": responses}
     flags = {"judge": settings.judge, **settings.flags["judge"]}
     if settings.judge_model:
         flags["model"] = settings.judge_model
+    if settings.judge == "local":
+        inputs["judge_weights"] = resolve_model(settings.judge_model)
 
     def work() -> dict:
         counts = ask(settings, responses, judged, flags)
@@ -106,7 +109,7 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
             stop_if_bad(settings, number, counts)
         return counts
 
-    return stage(settings, number, "annotate", {"responses": responses}, flags,
+    return stage(settings, number, "annotate", inputs, flags,
                  {"judgments": judged}, work)
 
 
@@ -216,7 +219,8 @@ def by_comparison(settings: SimpleNamespace, answers: Path) -> dict:
     told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rate, margin = told["win_rate"], 1.96 * told["standard_error"]
     return {"measure": "AlpacaEval win rate, %", "score": rate, "low": rate - margin,
-            "high": rate + margin, "cost": told["cost_of_this_run"]}
+            "high": rate + margin, "undecided": told["n_undecided"],
+            "cost": told["cost_of_this_run"]}
 
 
 def execute(settings: SimpleNamespace, script: str, processes: int = 1, may_fail: bool = False,

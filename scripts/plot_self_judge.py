@@ -67,7 +67,7 @@ def draw(judges: dict[str, Share], shares: dict[str, Share], picture: str) -> No
     axes[2].set(title="Tournament: constraints satisfied, %", xlabel="samples",
                 xticks=range(len(found)), xticklabels=SIZES.values())
     for axis in axes:
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, 104)  # a full marker at 100
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=120)
 

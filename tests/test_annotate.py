@@ -234,6 +234,16 @@ def test_other_settings_are_not_mixed_and_foreign_files_are_kept(responses, quic
             annotate.main(**{**options, "output_path": options["data_path"]})
 
 
+def test_an_overwritten_output_does_not_outlive_its_judgments(responses, quick):
+    """All judgments of the second run fail; those of the first are not what is left to train on."""
+    with FaultServer(answer=verdict) as server:
+        options = flags(server, responses)
+        assert exit_code(**options) == 0 and Path(options["output_path"]).exists()
+        server.answer = lambda text: "I cannot judge this."
+        assert exit_code(**{**options, "model": "other", "overwrite": True}) == 1
+        assert not Path(options["output_path"]).exists()
+
+
 def test_rules_judge_the_sample_data_as_it_was_judged(tmp_path):
     output = tmp_path / "out.jsonl"
     annotate.main("data/sample/train.jsonl", str(output), "rules")

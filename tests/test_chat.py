@@ -13,6 +13,7 @@ import pytest
 from lm.models import load_tokenizer
 from lm.records import InputError
 from lm.templates import load_template
+from scripts import chat
 from scripts.chat import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,17 @@ def test_what_cannot_be_served(tiny_llama, tmp_path):
         make_folder(tmp_path / "m", tiny_llama, "chat")
     with pytest.raises(InputError, match="is on the Hub; download it first"):
         make_folder(tmp_path / "n", Path("org/name"), "alpaca")
+
+
+def test_a_server_that_stops_by_itself_is_quoted(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "transformers"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho no memory left\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(chat, "programs", lambda: str(program.parent))
+    with (pytest.raises(InputError, match="stopped; the last it said: no memory left"),
+          chat.serving(tmp_path / "m", "float32")):
+        pass
 
 
 @pytest.mark.xdist_group("processes")

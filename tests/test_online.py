@@ -198,7 +198,8 @@ def test_kill_9_and_the_same_command_ends_with_the_same(victims, finished, setti
                                  if not key.startswith("round2")}
 
 
-def test_changed_settings_and_inputs_are_told(finished, settings, tmp_path, in_process):
+def test_changed_settings_and_inputs_are_told(finished, settings, tmp_path, in_process,
+                                              monkeypatch):
     folder = copy_until(finished, tmp_path / "run", "annotate")
     flags = settings | {"output_dir": str(folder)}
     with pytest.raises(InputError, match=r"online.json: .*\(temperature was 1.0, is 0.5\); "
@@ -209,6 +210,13 @@ def test_changed_settings_and_inputs_are_told(finished, settings, tmp_path, in_p
     write_json(tmp_path / "pool.json", records(9))
     with pytest.raises(InputError, match=r"\(instructions was '\w{64}', is '\w{64}'\)"):
         online.main(**flags | {"instructions": str(tmp_path / "pool.json")})
+    monkeypatch.setattr(online, "read_records", lambda source: read_records(
+        source if Path(source).exists() else settings["instructions"]))
+    record = json.loads((folder / "online.json").read_text())
+    write_json(folder / "online.json", {**record, "data": {"path": "org/old", "sha256": None}})
+    with pytest.raises(InputError, match=r"\(instructions was 'org/old', is 'org/new'\)"):
+        online.main(**flags | {"instructions": "org/new"})
+    write_json(folder / "online.json", record)
     (folder / "round1/responses.json").write_text("[]")
     with pytest.raises(InputError, match=r"round1/manifests/annotate.json: .*responses was"):
         online.main(**flags)
@@ -297,7 +305,19 @@ def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_p
         counts = online_stages.evaluate(flags, 0, settings["model"])["counts"]
         assert len(server.asked) == 3
     assert counts["measure"] == "AlpacaEval win rate, %" and 0 <= counts["score"] <= 100
-    assert counts["low"] <= counts["score"] <= counts["high"]
+    assert counts["low"] <= counts["score"] <= counts["high"] and counts["undecided"] == 0
+
+
+def test_the_weights_of_a_local_judge_are_an_input(settings, tiny_llama, tmp_path, monkeypatch):
+    """A judge that was trained again is another judge, whatever its folder is called."""
+    judge = shutil.copytree(tiny_llama, tmp_path / "judge")
+    flags = checked(settings, output_dir=str(tmp_path / "run"), judge="local",
+                    judge_model=str(judge), repeats=0)
+    monkeypatch.setattr(online_stages, "ask", lambda *_: {**COUNTS})
+    online_stages.judge(flags, 1)
+    (judge / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(InputError, match="judge_weights was"):
+        online_stages.judge(flags, 1)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -359,6 +379,10 @@ def test_recipe_gives_the_loop_flags_that_it_takes(config):
     words = shown.stdout.split("scripts/online.py\n")[1].splitlines()
     _reject_unknown_flags(online.main, words)
     assert words[words.index("--rounds") + 1] == "7" and words[-2:] == ["--repeats", "3"]
+    tables = yaml.safe_load((ROOT / "configs/paper_tables.yaml").read_text())["tables"]
+    others = {row["run"].split("/")[0] for listed in tables for row in listed["rows"]
+              if "run" in row}
+    assert Path(words[words.index("--output_dir") + 1]).name not in others  # made by other recipes
     texts = [word.partition("=") for word in words if "_settings=" in word]
     assert len(texts) >= 2
     for flag, _, text in texts:

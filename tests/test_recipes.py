@@ -77,6 +77,29 @@ def test_paper_recipe_with_the_embedded_model(embedded_model, prompts, tmp_path)
         embedded_model / "model.safetensors").keys()
 
 
+@pytest.mark.parametrize(("data", "sets"), [
+    ("data/shepherd.json", ["shepherd"]), ("data/summary-train.json", ["critiques"]),
+    ("data/mine.json", [])])
+def test_offline_recipe_never_takes_one_set_for_another(data, sets, tmp_path):
+    """A copy without any data; a shell function stands for python and shows what it would get."""
+    copy = tmp_path / "scripts"
+    copy.mkdir()
+    for name in ("cut_offline.sh", "cut_steps.sh"):
+        (copy / name).write_text((ROOT / "scripts" / name).read_text())
+    (copy / "environment.sh").write_text("")
+    shown = subprocess.run(
+        ["bash", "-c", 'python() { echo "$@"; }; torchrun() { :; }; export -f python torchrun; '
+         f"bash {copy}/cut_offline.sh"], env={**os.environ, "DATA": data}, capture_output=True,
+        text=True)
+    assert (shown.returncode == 0) == bool(sets), shown.stderr
+    assert [line.split()[1:] for line in shown.stdout.splitlines() if "download" in line] == (
+        [sets] if sets else [])
+    made = [line.split("--output ")[1].split()[0] for line in shown.stdout.splitlines()
+            if "convert2alpaca" in line]
+    assert made == {"data/summary-train.json": ["data/summary-test.json", data]}.get(
+        data, [data] if sets else [])
+
+
 def test_ai_judge_recipe(tiny_llama, tmp_path):
     """A judge is trained on judgments and measured on others, however little it has learnt."""
     printed = run_recipe("scripts/train_ai_judge.sh", BASE_MODEL=tiny_llama,

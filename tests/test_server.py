@@ -152,6 +152,14 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capfd):
     assert "secret" not in written + "".join(capfd.readouterr()) + str(replies)
 
 
+@pytest.mark.parametrize("length", range(180, 300, 20))
+def test_a_message_is_cut_outside_the_key(length, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-" + "0123456789" * (length // 10))
+    with FaultServer({"Q0.": ["400!"]}) as server:
+        reply = dict(connect(server).ask(questions(1)))[0]
+    assert "[key]" in reply.error and "0123" not in reply.error
+
+
 def test_the_hosted_service_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):

@@ -17,7 +17,8 @@ def test_replies_that_begin_with_perfect_are_positive(reply):
 
 @pytest.mark.parametrize("reply", ["The response is not perfect: it is too long.",
                                    "Perfectly polite but wrong.", "It says {response}.",
-                                   "Sorrow is misspelt.", "I think that the date is wrong."])
+                                   "Sorrow is misspelt.", "Unfortunately, it is too long.",
+                                   "I think that the date is wrong."])
 def test_other_replies_are_the_judgment(reply):
     assert ANNOTATOR.read(f" {reply}\n").text == reply
 
@@ -28,7 +29,8 @@ def test_other_replies_are_the_judgment(reply):
     ("I'm sorry, but I can't assist with that.", "stop", "refuses"),
     ("I’m very sorry, this is harmful.", "stop", "refuses"),
     ("Sorry, I can't help.", "stop", "refuses"), ("I cannot judge this.", "stop", "refuses"),
-    ("I am unable to evaluate it.", "stop", "refuses"), ("As an AI, I do not.", "stop", "refuses")])
+    ("I am unable to evaluate it.", "stop", "refuses"), ("As an AI, I do not.", "stop", "refuses"),
+    ("Unfortunately, I cannot evaluate this response.", "stop", "refuses")])
 def test_what_is_no_judgment_has_failed(reply, finish_reason, error):
     judgment = ANNOTATOR.read(reply, finish_reason)
     assert judgment.status == "failed" and error in judgment.error
