@@ -43,7 +43,7 @@ from lm.records import (
 )
 from lm.verdicts import load_judge_prompt
 from scripts.evaluate_judge import precision, read_templates
-from scripts.generate import fingerprint, load
+from scripts.generate import fingerprint, load, noting_costs
 from scripts.self_reject import model_settings
 
 if TYPE_CHECKING:
@@ -113,12 +113,12 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
                          "choose another --output_path, or --overwrite")
     file, lines = open_journal(journal_file(output), identity(settings, records))
     with file:
-        judged = {line["index"]: line for line in lines}
+        judged = {line["index"]: line for line in lines if "index" in line}
         done = {index for index, line in judged.items() if line["status"] == "ok"}
         if done:
             print(f"{output}: {len(done)} of {len(records)} are judged already")
         if len(done) < len(records):
-            annotate(settings, records, done, judged, file)
+            annotate(settings, records, done, judged, lines, file)
     failed = finish(settings, records, judged)
     if failed > max_failed * len(records):
         sys.exit(1)
@@ -211,8 +211,11 @@ def journal_file(output: Path) -> Path:
 
 
 def annotate(settings: SimpleNamespace, records: list[Record], done: set[int],
-             judged: dict[int, Record], file: IO[str]) -> None:
-    """Ask for the judgments that are not `done`; note each in `judged` and the journal at once."""
+             judged: dict[int, Record], lines: list[Record], file: IO[str]) -> None:
+    """Ask for the judgments that are not `done`; note each in `judged` and the journal at once.
+
+    `lines` are what the journal has so far; the budget goes on from them.
+    """
     from tqdm import tqdm
 
     from lm.annotators import Question
@@ -222,17 +225,19 @@ def annotate(settings: SimpleNamespace, records: list[Record], done: set[int],
     judge, server = make_judge(settings)
     spent = dict
     if server:
-        server.budget.go_on_from(judged.values())
+        server.budget.go_on_from(lines)
         print(server.estimate(judge.requests(questions)))
         spent = server.budget.spent
     bar = tqdm(judge(questions), total=len(records), initial=len(done), unit="judgment")
     try:
-        for index, judgment in bar:
-            judged[index] = {"index": index, "status": judgment.status, "judgment": judgment.text,
-                             "error": judgment.error, "raw": judgment.raw, **spent()}
-            append(file, judged[index])
-            if server:
-                bar.set_postfix_str(f"${server.budget.cost:.2f}")
+        with noting_costs(file, server):
+            for index, judgment in bar:
+                judged[index] = {
+                    "index": index, "status": judgment.status, "judgment": judgment.text,
+                    "error": judgment.error, "raw": judgment.raw, **spent()}
+                append(file, judged[index])
+                if server:
+                    bar.set_postfix_str(f"${server.budget.cost:.2f}")
     except InputError as error:
         raise InputError(f"{error} ({told(count(records, judged))})") from error
 

@@ -63,7 +63,7 @@ def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Rec
     if settings.get("records") != digest(records):
         raise InputError(f"{judged}: is not what annotate.py makes of {truth}; judge that file, "
                          "all of it")
-    last = {line["index"]: line for line in lines}
+    last = {line["index"]: line for line in lines if "index" in line}  # others tell of costs
     if missing := [index for index in range(len(records)) if index not in last]:
         raise InputError(f"{judged}: record {missing[0]} and {len(missing) - 1} more are not "
                          "judged yet; run annotate.py to its end")

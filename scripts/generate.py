@@ -15,6 +15,7 @@ Differs from the released script: batches, resumes, and decodes the new tokens o
 text at the first "### Response:", even one inside an instruction).
 """
 
+import contextlib
 import glob
 import importlib.util
 import json
@@ -129,13 +130,13 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         base_model_name_or_path, base_url, cache=cache, concurrency=concurrency, timeout=timeout,
         requests_per_minute=requests_per_minute, max_requests=max_requests, max_cost=max_cost,
         price_in=price_in, price_out=price_out) if base_url else None
-    file, done = open_partial(output, settings, place)
+    file, lines, done = open_partial(output, settings, place)
     mine = share(records, place, processes)
     left = prompts_of(records, template, [index for index in mine if index not in done])
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-    with file:
+    with file, noting_costs(file, server):
         if left:
-            found = (ask(server, left, done, sampling) if server else
+            found = (ask(server, left, lines, sampling) if server else
                      respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
                              sampling))
             bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
@@ -268,19 +269,20 @@ def is_done(output: Path, settings: dict) -> bool:
     return True
 
 
-def open_partial(output: Path, settings: dict, place: int) -> tuple[IO[str], dict[int, Record]]:
-    """The file to append responses to, and those that are finished, by prompt index."""
-    file, _ = open_journal(partial_file(output, place), settings)
+def open_partial(output: Path, settings: dict,
+                 place: int) -> tuple[IO[str], list[Record], dict[int, Record]]:
+    """The file to append responses to, its lines, and all finished ones by prompt index."""
+    file, lines = open_journal(partial_file(output, place), settings)
     done = finished(output, settings)
     if done and place == 0:
         print(f"{output}: going on after {len(done)} finished responses")
-    return file, done
+    return file, lines, done
 
 
 def finished(output: Path, settings: dict) -> dict[int, Record]:
     """The responses in the partial files, by prompt index."""
     return {line["index"]: line for file in partial_files(output)
-            for line in read_journal(file, settings)}
+            for line in read_journal(file, settings) if "index" in line}
 
 
 def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, object]:
@@ -322,12 +324,12 @@ def connect(model: str, base_url: str, **options) -> "Server":
     return Server(model, base_url, **options)
 
 
-def ask(server: "Server", prompts: "dict[int, Prompt]", done: dict[int, Record],
+def ask(server: "Server", prompts: "dict[int, Prompt]", lines: list[Record],
         sampling: dict) -> "Iterator[tuple[int, Response]]":
     """The same from a server; the requests and dollars that this output took so far count."""
     from lm.server import generate_on
 
-    server.budget.go_on_from(done.values())
+    server.budget.go_on_from(lines)
     return generate_on(server, prompts, **sampling)
 
 
@@ -347,6 +349,19 @@ def note(bar: "tqdm", file: IO[str], server: "Server | None") -> None:
                       **(server.budget.spent() if server else {})})
         if server:
             bar.set_postfix_str(f"${server.budget.cost:.2f}")
+
+
+@contextlib.contextmanager
+def noting_costs(file: IO[str], server: "Server | None") -> Iterator[None]:
+    """At the end, whatever it is, note what was spent: failed requests have no lines of their own.
+
+    The next run's budget counts it.
+    """
+    try:
+        yield
+    finally:
+        if server and (server.budget.cost or server.budget.max_requests):
+            append(file, server.budget.spent())
 
 
 def write_output(output: Path, records: list[Record], settings: dict) -> None:

@@ -31,7 +31,7 @@ from lm.models import load_tokenizer
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.templates import load_template
 from scripts.evaluate_judge import precision
-from scripts.generate import is_done, partial_file, settings_file
+from scripts.generate import is_done, noting_costs, partial_file, settings_file
 from scripts.self_reject import model_settings
 
 if TYPE_CHECKING:
@@ -159,13 +159,14 @@ def answer(questions: list[Record], settings: dict, output: Path, start: Callabl
     from tqdm import tqdm
 
     file, lines = open_journal(partial_file(output), settings)
-    done = {(line["index"], line["turn"]): line for line in lines}
+    done = {(line["index"], line["turn"]): line for line in lines if "index" in line}
     if done:
         print(f"{output}: going on after {len(done)} finished replies")
     if server:
         server.budget.go_on_from(lines)
     total = sum(len(question["turns"]) for question in questions)
-    with file, tqdm(total=total, initial=len(done), unit="reply") as bar:
+    with (file, noting_costs(file, server),
+          tqdm(total=total, initial=len(done), unit="reply") as bar):
         engine = start() if len(done) < total else None
         for turn, temperature, group in steps(questions, settings["temperature"], done):
             dialogues = {index: dialogue(questions[index], done, index, turn) for index in group}

@@ -193,6 +193,20 @@ def test_budget_stops_cleanly_and_counts_what_earlier_runs_spent(responses, quic
         assert "gpt-4 at" in capsys.readouterr().out
 
 
+def test_the_budget_counts_requests_of_earlier_runs_that_gave_no_judgment(responses, quick):
+    """Half replies may have been charged, and the next attempt could exceed the budget."""
+    with FaultServer({"Q": ["half!"]}, verdict) as server:
+        options = flags(server, responses, price_in=10.0, price_out=30.0, concurrency=1)
+        for _ in range(3):
+            with pytest.raises(InputError, match="--max_cost goes on"):
+                annotate.main(**options, max_cost=0.05)
+        assert len(server.asked) == 1
+        server.plan.clear()
+        assert exit_code(**options, max_cost=1.0) == 0 and len(server.asked) == 13
+    summary = json.loads((responses.parent / "out.json.summary.json").read_text())
+    assert summary["requests"] == 13 and summary["cost"] > 0.03 + 12 * 0.00025
+
+
 def test_cost_is_estimated_before_counted_during_and_told_after(responses, quick, capsys):
     with FaultServer(answer=verdict) as server:
         prices = {"price_in": 1000.0, "price_out": 2000.0}  # a reply: 10 and 5 tokens, 2 cents

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_server import FaultServer
 
 import lm.generation
 from lm.models import add_lora, load_model
@@ -115,6 +116,21 @@ def test_finished_output_is_reused_or_defended(tiny_llama, prompts, tmp_path, mo
     generate.settings_file(output).unlink()  # now it could be anyone's
     with pytest.raises(InputError, match="not known to be made by this script"):
         generate.main(str(tiny_llama), max_new_tokens=6, **flags)
+
+
+def test_the_budget_counts_failed_requests_of_earlier_runs_too(prompts, tmp_path):
+    """Half replies may have been charged; without an answer there is no other trace of them."""
+    flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), "limit": 2,
+             "max_new_tokens": 1000, "price_in": 10.0, "price_out": 30.0, "concurrency": 1}
+    with FaultServer({"cats": ["half!"]}) as server:
+        for _ in range(3):
+            with pytest.raises(InputError, match="--max_cost goes on"):
+                generate.main("m", base_url=server.url, max_cost=0.04, **flags)
+        assert len(server.asked) == 1
+        server.plan.clear()
+        generate.main("m", base_url=server.url, max_cost=1.0, **flags)
+        assert len(server.asked) == 3
+    assert [record["output"] for record in read(tmp_path / "out.json")] == ["perfect"] * 2
 
 
 def test_partial_of_other_settings_is_an_error(tiny_llama, prompts, tmp_path):

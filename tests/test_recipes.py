@@ -92,7 +92,7 @@ def test_offline_recipe_never_takes_one_set_for_another(data, sets, tmp_path):
          f"bash {copy}/cut_offline.sh"], env={**os.environ, "DATA": data}, capture_output=True,
         text=True)
     assert (shown.returncode == 0) == bool(sets), shown.stderr
-    assert [line.split()[1:] for line in shown.stdout.splitlines() if "download" in line] == (
+    assert [line.split()[1:] for line in shown.stdout.splitlines() if "download_data" in line] == (
         [sets] if sets else [])
     made = [line.split("--output ")[1].split()[0] for line in shown.stdout.splitlines()
             if "convert2alpaca" in line]
