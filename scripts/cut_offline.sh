@@ -4,6 +4,7 @@
 #   bash scripts/cut_offline.sh
 #
 # Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): about 1 for training, 1 for answers.
+# Money     none; scores by gpt-4 $18 (scripts/evaluate_alpaca.sh).
 # Expected  AlpacaEval win rate against text-davinci-003 with GPT-4 as judge: 1.87 before, 61.06
 #           after for LLaMA2-13b; 81.09 before, 90.73 after for LLaMA2-13b-chat.
 # Other data: DATA=my.json (records as in data/README.md); DATA=data/summary-train.json: the

@@ -6,6 +6,7 @@
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 1 for JSFT, 40 for self-training (the
 #           paper's longest run took about 90 on A100s), 2 on one GPU for the answers.
+# Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  AlpacaEval 44.88, VicunaEval 76.25 against SFT, MT-Bench 4.80, as answered greedily; the
 #           win rate of the tournament grows with N = 1 .. 16.
 # Stopped?  The same command goes on; only the accuracy of the judge is measured again.

@@ -8,6 +8,7 @@
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 3 for JSFT (10 with principles); 90
 #           for self-training (the paper's longest run, on A100s; that it was this one is a guess);
 #           2 on one GPU for the answers.
+# Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  Judge accuracy on held-out pairs 80.5 %, with principles and rationales 84.0 %; the win
 #           rate of the tournament grows with N = 1 .. 16.
 # Stopped?  The same command goes on; only the accuracy of the judge is measured again.

@@ -5,6 +5,7 @@
 #   LIMIT=500 OUT=runs/ai_judge-500 bash scripts/train_ai_judge.sh   # less data (Figure 3)
 #   python scripts/annotate.py --judge local --model runs/ai_judge/model ...   # put to use
 #
+# Money     none.
 # Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): 0.5, the check on held-out responses
 #           included. Money: none, the judgments are published.
 # Data      DATA: files of judgment records, separated by commas; HELD_OUT responses of them are not
