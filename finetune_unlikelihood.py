@@ -1,4 +1,4 @@
-"""Contrastive unlikelihood training (CUT): align a model with judgments.
+"""Contrastive unlikelihood training (CUT): align a model with judgments; and its baselines.
 
     python finetune_unlikelihood.py --base_model smollm2-135m-instruct \\
         --data_path data/sample/train.jsonl --output_dir runs/cut
@@ -49,6 +49,9 @@ def main(
     downsample: float = -1,
     debug: bool = False,
     gamma: float = 0.0,
+    objective: str = "cut",
+    without: str | list | tuple = "",
+    beta: float = 0.1,
     as_in_paper: bool = False,
     as_released: bool = False,
     load_in: str = "auto",
@@ -64,7 +67,7 @@ def main(
     dry_run: bool = False,
     visualize: int = 0,
 ) -> None:
-    """Train a LoRA adapter (or every weight) with CUT.
+    """Train a LoRA adapter (or every weight) with CUT, or with a method it is compared with.
 
     Args:
         base_model: A folder, a Hub id, or smollm2-135m-instruct. Required.
@@ -98,6 +101,11 @@ def main(
         downsample: Keep this many positives per negative (0.25 in the paper); -1 keeps all.
         debug: The first 16 examples, 2 steps, everything logged.
         gamma: Exponent of the dynamic weight p(y|x,j)^gamma; 0 as released.
+        objective: cut, mle, forward, hindsight, ilf_mle, ilf_dpo, dpo or unlikelihood (on all
+            tokens); cut/objectives.py says what each learns.
+        without: Leave parts out of CUT (Table 4): some of l1, align_p, align_n, detection, weight,
+            separated by commas.
+        beta: Of ilf_dpo and dpo: how near to stay to the base.
         as_in_paper: gamma 1 unless given, and L1 + L2 without the halving.
         as_released: Keep failed and blank judgments as text.
         load_in: Base precision: 8bit, 4bit, bf16, fp16, fp32; auto is 8bit on CUDA, fp32 on CPU.

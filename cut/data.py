@@ -20,16 +20,26 @@ from lm.templates import Template, ids_in_pieces, response_ids
 POSITIVE_SCORE = 7  # released code: such a score makes a record positive whatever its judgment
 FAILED = "$ERROR$"  # an annotation that failed, in the published iteration files
 DOWNSAMPLE_SEED = 42  # released code
+FIELDS = {"required": {"instruction": (str,), "output": (str,), "judgment": (str, NoneType)},
+          "optional": {"input": (str, NoneType), "i_ans": (str, NoneType),
+                       "score": (int, float, NoneType)}}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One response to learn from; `judgment` is None for Align-P, the criticism for a pair."""
+    """One text to learn from; `judgment` is None for Align-P, the criticism for a pair.
+
+    What the last three fields are for, `cut/objectives.py` says.
+    """
 
     record: str  # which record of which file, for messages
     instruction: str
     response: str
     judgment: str | None
+    refinement: str | None = None  # a better response
+    score: float | None = None  # reward of the response
+    contrast: bool = True  # whether the judgment makes a pair; else it stands in the one row
+    given: str | None = None  # a response that the prompt holds, if `response` is its judgment
 
 
 @dataclass
@@ -105,6 +115,13 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
 
+def judgment_of(record: Record) -> str | None:
+    """What is wrong with the response; None where nothing is, "" where judging it failed."""
+    if (record.get("score") or 0) >= POSITIVE_SCORE or record["judgment"] is None:
+        return None
+    return "" if record["judgment"].strip() in ("", FAILED) else record["judgment"]
+
+
 def examples_of(records: Sequence[Record], source: str, *, downsample: float = -1,
                 as_released: bool = False,
                 contrast: bool = True) -> tuple[list[Example], Counts]:
@@ -115,20 +132,21 @@ def examples_of(records: Sequence[Record], source: str, *, downsample: float = -
     in the order of the file. Where none is negative there is nothing to contrast: an error, unless
     `contrast` is False, as for plain fine-tuning.
     """
-    check_fields(records, source, required={"instruction": (str,), "output": (str,),
-                                            "judgment": (str, NoneType)},
-                 optional={"input": (str, NoneType), "score": (int, float, NoneType)})
+    check_fields(records, source, **FIELDS)
     if downsample < 0 and downsample != -1:
         raise InputError(f"--downsample is {downsample}; expected 0 or more, or -1 to keep all")
     counts = Counts(records=len(records))
     examples = []
     for index, record in enumerate(records):
-        judgment = None if _scored_positive(record) else record["judgment"]
-        if judgment is not None and judgment.strip() in ("", FAILED) and not as_released:
-            counts.dropped += 1
-            continue
+        judgment = judgment_of(record)
+        if judgment == "":
+            if not as_released:
+                counts.dropped += 1
+                continue
+            judgment = record["judgment"]
         name = f"{source}: record {index}" + (f" (id {record['id']})" if "id" in record else "")
-        examples.append(Example(name, join_input(record), record["output"], judgment))
+        examples.append(Example(name, join_input(record), record["output"], judgment,
+                                record.get("i_ans"), record.get("score")))
     positives = [example for example in examples if example.judgment is None]
     counts.positives = len(positives)
     counts.negatives = len(examples) - len(positives)
@@ -149,9 +167,10 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
     A row longer than `cutoff_len` loses the start of its instruction first, then of its judgment
     (the template's own text stays), down to a quarter of `cutoff_len`, then the response's start.
     """
-    judgments = [None] if example.judgment is None else [example.judgment, None]
-    prompts = [_Prompt.of(example.instruction, judgment, template, tokenizer)
-               for judgment in judgments]
+    pair = example.contrast and example.judgment is not None
+    prompts = [_Prompt(ids_in_pieces(tokenizer, template.pieces(
+        example.instruction, judgment, example.given)))
+        for judgment in ([example.judgment, None] if pair else [example.judgment])]
     response = response_ids(tokenizer, example.response)
     room = min(cutoff_len - prompt.least(cutoff_len) for prompt in prompts)
     if room < 1:
@@ -224,11 +243,6 @@ class _Prompt:
 
     pieces: list[list[int]]
 
-    @classmethod
-    def of(cls, instruction: str, judgment: str | None, template: Template, tokenizer):
-        """Tokenize the whole prompt, knowing which ids spell which piece."""
-        return cls(ids_in_pieces(tokenizer, template.pieces(instruction, judgment)))
-
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
 
@@ -249,10 +263,6 @@ class _Prompt:
             ids += piece[here:]
             lost -= here
         return ids
-
-
-def _scored_positive(record: Record) -> bool:
-    return (record.get("score") or 0) >= POSITIVE_SCORE
 
 
 def _downsampled(positives: list[Example], negatives: int, ratio: float) -> list[Example]:

@@ -6,15 +6,17 @@ Imported by that script only; in a notebook use `cut.data`, `cut.trainer` and `l
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
+from cut.objectives import OBJECTIVES, learnt, left_out, preference_rows
 from cut.trainer import CutSettings, CutTrainer, NonFiniteLoss
 from lm import models, runs
 from lm.log_probs import check_head
@@ -23,7 +25,8 @@ from lm.templates import load_template
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
             "save_steps": 1, "lora_r": 1, "warmup_steps": 0, "learning_rate": 0, "val_set_size": 0,
-            "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0, "lora_dropout": 0}
+            "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0, "lora_dropout": 0,
+            "beta": 0}
 DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
 
 
@@ -33,7 +36,7 @@ class Data:
 
     tokenizer: object
     counts: Counts
-    examples: list[Example]  # of `train`, in the same order
+    examples: list[Example]  # of `train`, in the same order; none of pairs for DPO
     train: list[Rows]
     validation: list[Rows]
 
@@ -62,6 +65,9 @@ def check(flags: dict) -> SimpleNamespace:
         raise InputError("FSDP cannot shard 8-bit and 4-bit weights; add --load_in bf16")
     if settings.as_in_paper and not settings.gamma:
         settings.gamma = 1.0
+    settings.without = left_out(settings.objective, settings.without, settings.gamma)
+    if settings.visualize and settings.objective != "cut":
+        raise InputError("--visualize shows what CUT flags; leave out --objective")
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
     runs.check_trackers(settings.report_to)
@@ -73,26 +79,45 @@ def check(flags: dict) -> SimpleNamespace:
 def load_data(settings: SimpleNamespace) -> Data:
     """Records -> examples -> rows, split into training and validation."""
     tokenizer = models.load_tokenizer(settings.base_model)
-    template = load_template(settings.prompt_template_name)
+    objective = OBJECTIVES[settings.objective]
     examples, counts = examples_of(read_records(settings.data_path), settings.data_path,
                                    downsample=settings.downsample,
                                    as_released=settings.as_released,
-                                   contrast=settings.weight_unlike > 0)
+                                   contrast=settings.weight_unlike > 0 and objective.contrasts)
+    examples, rows = _learnt(settings, examples, tokenizer)
     if settings.debug:
-        examples = examples[:DEBUG_EXAMPLES]
-    rows = [rows_of(example, template, tokenizer, settings.cutoff_len, settings.train_on_inputs)
-            for example in examples]
+        examples, rows = examples[:DEBUG_EXAMPLES], rows[:DEBUG_EXAMPLES]
     held_out = _held_out(len(rows), settings.val_set_size)
     trained = [index for index in range(len(rows)) if index not in held_out]
     if runs.is_main():
-        print(f"data: {counts}")
-        if not counts.positives_kept:
+        print(f"data: {counts}\nobjective: {settings.objective}, {len(rows)} "
+              f"{'pairs' if objective.compare else 'examples'} of them")
+        if objective.contrasts and not counts.positives_kept:
             print("note: no Align-P examples, so nothing shows what a good response is")
         if cut := sum(row.cut > 0 for row in rows):
             print(f"note: {cut} of {len(rows)} examples were cut to --cutoff_len "
                   f"{settings.cutoff_len}")
-    return Data(tokenizer, counts, [examples[index] for index in trained],
+    return Data(tokenizer, counts, [examples[index] for index in trained if examples],
                 [rows[index] for index in trained], [rows[index] for index in sorted(held_out)])
+
+
+def _learnt(settings: SimpleNamespace, examples: list[Example],
+            tokenizer) -> tuple[list[Example], list[Rows]]:
+    """What the objective makes of the records' examples; pairs for DPO are rows alone."""
+    objective, template = OBJECTIVES[settings.objective], load_template(
+        settings.prompt_template_name)
+    if objective.compare:
+        examples, preferences = [], objective.compare(examples)
+        rows = [preference_rows(preference, template, tokenizer, settings.cutoff_len)
+                for preference in preferences]
+    else:
+        examples = learnt(objective, examples, settings.without)
+        rows = [rows_of(example, template, tokenizer, settings.cutoff_len,
+                        settings.train_on_inputs) for example in examples]
+    if not rows:
+        raise InputError(f"{settings.data_path}: --objective {settings.objective} finds nothing to "
+                         "learn in these records; cut/objectives.py says what it learns from")
+    return examples, rows
 
 
 def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
@@ -139,8 +164,15 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if settings.world_size > 1 else None,
     )
+    kind = TrainingArguments
+    if OBJECTIVES[settings.objective].compare:
+        from trl import DPOConfig
+
+        kind = DPOConfig
+        options |= {"beta": settings.beta, "max_length": settings.cutoff_len,
+                    "gradient_checkpointing": False}  # load_model has switched it on or not
     try:
-        arguments = TrainingArguments(**options)
+        arguments = kind(**options)
     except ValueError as error:  # an unknown schedule, for example
         raise InputError(models.first_line(error)) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
@@ -179,12 +211,17 @@ def compile_blocks(model: torch.nn.Module) -> None:
 
 
 def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
-                 data: Data) -> CutTrainer:
+                 data: Data) -> Trainer:
     """The trainer; checks first that the architecture's logits are understood."""
     if not (arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         check_head(model, data.train[0].aligned.ids[:32])
     if runs.is_main():
         print(schedule(settings, len(data.train)))
+    if OBJECTIVES[settings.objective].compare:
+        from cut.dpo import PairTrainer
+
+        return PairTrainer(model, arguments, data.train, data.validation or None,
+                           processing_class=data.tokenizer)
     return CutTrainer(
         model=model, args=arguments, train_dataset=data.train,
         eval_dataset=data.validation or None, processing_class=data.tokenizer,
@@ -192,7 +229,7 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
         group_by_length=settings.group_by_length)
 
 
-def train(settings: SimpleNamespace, trainer: CutTrainer, checkpoint: str | None) -> None:
+def train(settings: SimpleNamespace, trainer: Trainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
     try:
         with runs.full_disk_in_one_line(settings.output_dir):
@@ -201,7 +238,7 @@ def train(settings: SimpleNamespace, trainer: CutTrainer, checkpoint: str | None
         raise InputError(str(error)) from error
 
 
-def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
+def save(settings: SimpleNamespace, trainer: Trainer, data: Data) -> None:
     """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end."""
     with runs.full_disk_in_one_line(settings.output_dir):
         trainer.save_model(settings.output_dir)
@@ -212,10 +249,16 @@ def save(settings: SimpleNamespace, trainer: CutTrainer, data: Data) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.write_run(settings.output_dir, settings.run, status="finished",
                        counts=vars(data.counts), steps=trainer.state.global_step,
+                       tokens=trained_tokens(data.train, trainer.state.epoch),
                        first_loss=losses[0], last_loss=losses[-1])
         print(f"trained {trainer.state.global_step} steps on {len(data.train)} examples: loss "
               f"{losses[0]:.4f} -> {losses[-1]:.4f}\nsaved to {settings.output_dir}")
     PartialState().wait_for_everyone()
+
+
+def trained_tokens(rows: Sequence[Rows], epochs: float) -> int:
+    """Tokens that went forward and backward, without padding and reference passes."""
+    return round(epochs * sum(example.tokens for example in rows))
 
 
 def schedule(settings: SimpleNamespace, count: int) -> str:
@@ -235,8 +278,13 @@ def schedule(settings: SimpleNamespace, count: int) -> str:
 
 def cut_settings(settings: SimpleNamespace) -> CutSettings:
     """The loss's part of the settings."""
-    return CutSettings(settings.threshold, settings.weight_unlike, settings.gamma,
-                       halve_pairs=not settings.as_in_paper)
+    without = settings.without
+    return CutSettings(
+        threshold=0.0 if "detection" in without else settings.threshold,
+        weight_unlike=settings.weight_unlike,
+        gamma=0.0 if "weight" in without else settings.gamma,
+        halve_pairs=not settings.as_in_paper,
+        l1="l1" not in without, align_n="align_n" not in without)
 
 
 def pad_id(tokenizer) -> int:

@@ -26,7 +26,7 @@ class CutLoss:
 def cut_loss(
     aligned: Tensor, misaligned: Tensor, response_mask: Tensor, negative: Tensor, *,
     threshold: float, weight_unlike: float, gamma: float = 0.0, halve_pairs: bool = True,
-    mle_mask: Tensor | None = None,
+    l1: bool = True, align_n: bool = True, mle_mask: Tensor | None = None,
 ) -> CutLoss:
     """The loss of each example.
 
@@ -47,10 +47,11 @@ def cut_loss(
             set, and outside the response.
         response_mask: bool [B, N], the response's tokens, EOS included.
         negative: bool [B], which examples are pairs.
-        threshold: lambda of U; the comparison is strict, on probabilities.
+        threshold: lambda of U; the comparison is strict, on probabilities. 0: every token is in U.
         weight_unlike: alpha.
         gamma: exponent of the dynamic weight; 0 is the released code (no weight).
         halve_pairs: see above.
+        l1, align_n: whether a pair costs its L1, and its L2 (the rows of Table 4 without them).
         mle_mask: bool [B, N], the tokens that L2 averages over if not the response's (the whole
             row for `train_on_inputs`).
 
@@ -65,15 +66,18 @@ def cut_loss(
     misaligned = torch.where(contrasted, misaligned, 0.0)
 
     log_ratio = torch.where(contrasted, aligned - misaligned, 0.0).detach()
-    inappropriate = contrasted & (
-        aligned.detach().exp() > threshold * misaligned.detach().exp())
+    inappropriate = contrasted
+    if threshold:  # without it p > 0 decides, and a small p is rounded to 0
+        inappropriate = contrasted & (
+            aligned.detach().exp() > threshold * misaligned.detach().exp())
 
     weight = weight_unlike * (gamma * aligned.detach()).exp()
     per_token = torch.where(inappropriate, weight * log1mexp(misaligned), misaligned)
 
     mle = -masked_mean(aligned, mle_mask)
     contrast = -masked_mean(per_token, contrasted)
-    pair_loss = (mle + contrast) / 2 if halve_pairs else mle + contrast
+    pair_loss = align_n * mle + l1 * contrast
+    pair_loss = pair_loss / 2 if halve_pairs else pair_loss
     return CutLoss(torch.where(negative, pair_loss, mle), mle, contrast, inappropriate, log_ratio)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cut.data import Rows
 from cut.finetune import Data, cut_settings, schedule
 from cut.heatmap import show
+from cut.objectives import OBJECTIVES
 from cut.trainer import TOKENS_PER_FORWARD
 from lm import models, runs
 
@@ -18,10 +19,12 @@ def preview(settings: SimpleNamespace, data: Data) -> None:
     """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
     if not runs.is_main():
         return
+    names = ("chosen", "rejected") if OBJECTIVES[settings.objective].compare else (
+        "Align-N", "Misalign")
     for pair in (True, False):
         first = next((rows for rows in data.train if bool(rows.misaligned) == pair), None)
         if first:
-            print_rows(first, data.tokenizer)
+            print_rows(first, data.tokenizer, names if pair else ("Align-P", ""))
     tokens = [rows.tokens for rows in data.train]
     rows = sum(len(example.rows) for example in data.train)
     print(f"\nrows: {rows} of {len(data.train)} examples, {sum(tokens)} tokens, the longest "
@@ -30,10 +33,9 @@ def preview(settings: SimpleNamespace, data: Data) -> None:
     print(memory_estimate(settings, data))
 
 
-def print_rows(rows: Rows, tokenizer) -> None:
+def print_rows(rows: Rows, tokenizer, names: tuple[str, str]) -> None:
     """An example's rows as the model sees them, with a mark where supervision begins."""
-    for name, row in (("Align-N" if rows.misaligned else "Align-P", rows.aligned),
-                      ("Misalign", rows.misaligned)):
+    for name, row in zip(names, (rows.aligned, rows.misaligned), strict=True):
         if row:
             print(f"\n--- {name}, {rows.record}: {len(row.ids)} tokens, the last "
                   f"{row.supervised} supervised (after the mark)")

@@ -40,6 +40,8 @@ class CutSettings:
     weight_unlike: float = 0.1
     gamma: float = 0.0
     halve_pairs: bool = True
+    l1: bool = True
+    align_n: bool = True
 
 
 class CutTrainer(WholeCheckpoints, InParts, Trainer):

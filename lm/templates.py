@@ -37,12 +37,17 @@ class Template:
         """The prompt for an instruction, with the judgment if there is one; braces are safe."""
         return "".join(self.pieces(instruction, judgment))
 
-    def pieces(self, instruction: str, judgment: str | None = None) -> list[str]:
-        """The prompt in pieces: own text and a field in turn, own text first and last."""
+    def pieces(self, instruction: str, judgment: str | None = None,
+               response: str | None = None) -> list[str]:
+        """The prompt in pieces: own text and a field in turn, own text first and last.
+
+        With a `response` the prompt asks for its judgment.
+        """
         text = self.prompt if judgment is None else self.prompt_with_judgment
         fields = {"instruction": instruction, "judgment": judgment}
-        return [piece if place % 2 == 0 else fields[piece]
-                for place, piece in enumerate(FIELD.split(text))]
+        pieces = [piece if place % 2 == 0 else fields[piece]
+                  for place, piece in enumerate(FIELD.split(text))]
+        return pieces if response is None else [*pieces, response, "\n\n### Judgment:\n"]
 
     def chat_template(self) -> str:
         """Jinja that writes a dialogue: the prompt without a judgment, turn after turn.

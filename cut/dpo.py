@@ -1,0 +1,53 @@
+"""DPO on pairs of rows, for the objectives that prefer one response to another: trl's, as it is."""
+
+from collections.abc import Sequence
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from trl import DPOTrainer
+
+from cut.data import Rows
+from cut.trainer import FiniteGradients
+from lm.fused_head import score_responses_only
+from lm.runs import WholeCheckpoints
+
+# trl's metrics that would need the full logits, which are never made: zeros here.
+NOT_MEASURED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+
+
+class PairTrainer(WholeCheckpoints, DPOTrainer):
+    """`train_dataset` and `eval_dataset` are `Rows`: the chosen response, and the rejected one.
+
+    The reference is the model as it comes: without its adapter, which must be new, or else the
+    folder that it was loaded from.
+    """
+
+    def __init__(self, model, args, train_dataset: Sequence[Rows],
+                 eval_dataset: Sequence[Rows] | None = None, **kwargs):
+        super().__init__(model=model, args=args, train_dataset=as_ids(train_dataset),
+                         eval_dataset=eval_dataset and as_ids(eval_dataset), **kwargs)
+        if is_peft_model(self.model):
+            self.model.delete_adapter("ref")  # trl's copy of the new adapter, which does nothing
+        for scored in filter(None, (self.model, self.ref_model)):
+            plain = self.accelerator.unwrap_model(scored)
+            score_responses_only(plain.get_base_model() if is_peft_model(plain) else plain)
+        self.add_callback(FiniteGradients())
+
+    def _prepare_dataset(self, dataset, *args):
+        """The rows are ids already."""
+        return dataset
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """trl's metrics, but for those that are not measured."""
+        for metrics in self._metrics.values():
+            for name in NOT_MEASURED:
+                metrics.pop(name, None)
+        super().log(logs, start_time)
+
+
+def as_ids(pairs: Sequence[Rows]) -> Dataset:
+    """The columns that trl's collator takes."""
+    return Dataset.from_list([
+        {"prompt_ids": pair.aligned.ids[:-pair.aligned.supervised],
+         "chosen_ids": pair.aligned.ids[-pair.aligned.supervised:],
+         "rejected_ids": pair.misaligned.ids[-pair.misaligned.supervised:]} for pair in pairs])

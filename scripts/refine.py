@@ -1,0 +1,130 @@
+"""Refine judged responses (ILF): the model writes a better one, given what was wrong.
+
+    python scripts/refine.py --base_model_name_or_path smollm2-135m-instruct \\
+        --data_path data/sample/train.jsonl --output_path runs/refined.jsonl
+    python finetune_unlikelihood.py --objective ilf_mle --data_path runs/refined.jsonl ...
+
+Writes the records with the refinement in field `i_ans`; those that have one, or whose response is
+satisfactory, stay as they are. The responses are made by scripts/generate.py, beside the output: a
+killed run goes on, a finished one is not made again, torchrun shares the work, and --base_url asks
+a server.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lm.cli import run
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    read_records,
+    write_json,
+    write_text,
+)
+from scripts import generate
+
+FIELD = re.compile(r"\{(instruction|response|judgment)\}")
+
+
+def main(base_model_name_or_path: str, data_path: str, output_path: str,
+         template: str = "configs/templates/refine.json", peft_model_path: str = "",
+         max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+         batch_tokens: int = 16384, load_in: str = "auto", overwrite: bool = False,
+         base_url: str = "", max_cost: float = 0.0) -> None:
+    """Add a refinement to each record with a negative judgment.
+
+    Args:
+        base_model_name_or_path: Who refines: model folder, Hub id, smollm2-135m-instruct, or the
+            name by which the server knows it.
+        data_path: Judged records, .json, .jsonl or .gz.
+        output_path: JSON Lines file of the same records with `i_ans`.
+        template: JSON file whose `prompt` holds {instruction}, {response} and {judgment}.
+        peft_model_path: Adapter to put on the model.
+        max_new_tokens: Longest refinement.
+        temperature: 0 is greedy.
+        top_p: Sample from the most probable tokens that hold this much probability.
+        seed: Of the samples.
+        batch_tokens: Tokens a batch may hold; lower it if memory is short.
+        load_in: 8bit|4bit|bf16|fp16|fp32|checkpoint; auto is checkpoint on CUDA, fp32 on the CPU.
+        overwrite: Refine again even if refinements are there.
+        base_url: Ask the OpenAI-compatible server at this address, key in OPENAI_API_KEY.
+        max_cost: Stop before so many dollars are exceeded; 0 is no limit.
+    """
+    records = read_records(data_path)
+    wanted = to_refine(records, data_path)
+    answers: list[Record] = []
+    if wanted:
+        frame = read_frame(template)
+        prompts, refinements = (Path(f"{output_path}.{name}.json")
+                                for name in ("prompts", "refinements"))
+        prompts.parent.mkdir(parents=True, exist_ok=True)
+        write_json(prompts, [{"instruction": prompt_of(records[index], frame)}
+                             for index in wanted])
+        generate.main(
+            base_model_name_or_path, template="plain", data_path=str(prompts),
+            output_path=str(refinements), peft_model_path=peft_model_path,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            batch_tokens=batch_tokens, load_in=load_in, overwrite=overwrite, base_url=base_url,
+            max_cost=max_cost)
+        if os.environ.get("RANK", "0") != "0":  # the first process writes
+            return
+        answers = read_records(str(refinements))
+    refined = dict(zip(wanted, (refinement_in(answer["output"]) for answer in answers),
+                       strict=True))
+    write_text(output_path, "".join(
+        json.dumps(record | ({"i_ans": refined[index]} if index in refined else {}),
+                   ensure_ascii=False) + "\n" for index, record in enumerate(records)))
+    print("\n".join(summary(records, refined, output_path)))
+
+
+def to_refine(records: list[Record], source: str) -> list[int]:
+    """Indices of the records with a negative judgment and no refinement."""
+    from cut.data import FIELDS, judgment_of
+
+    check_fields(records, source, **FIELDS)
+    return [index for index, record in enumerate(records)
+            if judgment_of(record) and record.get("i_ans") is None]
+
+
+def read_frame(path: str) -> str:
+    """The prompt around a record's fields, checked."""
+    try:
+        text = json.loads(Path(path).read_text(encoding="utf-8"))["prompt"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--template {path}: expected a JSON file with a text 'prompt' "
+                         f"({error})") from error
+    if {*FIELD.findall(text)} != {"instruction", "response", "judgment"}:
+        raise InputError(f"{path}: field 'prompt' must be a text with {{instruction}}, "
+                         "{response} and {judgment}")
+    return text
+
+
+def prompt_of(record: Record, frame: str) -> str:
+    """What the model continues; braces in the texts are safe."""
+    fields = {"instruction": join_input(record), "response": record["output"],
+              "judgment": record["judgment"]}
+    return FIELD.sub(lambda field: fields[field[1]], frame)
+
+
+def refinement_in(answer: str) -> str:
+    """The answer up to the next heading: small models go on as if another block had to follow."""
+    return answer.split("\n### ")[0].strip()
+
+
+def summary(records: list[Record], refined: dict[int, str], output_path: str) -> list[str]:
+    """How many were refined, and how many of those say nothing new."""
+    blank = sum(not text for text in refined.values())
+    same = sum(text == records[index]["output"].strip() for index, text in refined.items())
+    return [f"{output_path}: {len(records)} records, {len(refined)} refined ({blank} blank, {same} "
+            "unchanged); the others are satisfactory, without a judgment, or had a refinement"]
+
+
+if __name__ == "__main__":
+    run(main)
