@@ -39,7 +39,8 @@ COMMON = {"the", "good", "old", "new", "first", "long", "making", "learning", "k
 
 
 def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
-         work: str = "saved_models/sample_data", seed: int = 0, samples: int = 8) -> None:
+         work: str = "saved_models/sample_data", seed: int = 0, samples: int = 8,
+         scale: int = 1) -> None:
     """Write train.jsonl, validation.jsonl, heldout.jsonl and instructions.jsonl.
 
     Args:
@@ -48,10 +49,14 @@ def main(base_model: str = "smollm2-135m-instruct", folder: str = "data/sample",
         work: Where the model's answers are kept between runs.
         seed: Draws prompts, samples, phrasings and the choice.
         samples: Responses drawn for each train prompt.
+        scale: So many times as many train prompts and records.
     """
     import yaml
 
     settings = yaml.safe_load((Path(folder) / "ingredients.yaml").read_text(encoding="utf-8"))
+    settings["prompts_per_kind"]["train"] *= scale
+    settings["records_per_kind"] = {sign: scale * count for sign, count
+                                    in settings["records_per_kind"].items()}
     prompts = {split: make_prompts(settings, split, seed) for split in settings["topics"]}
     answerer = Answerer(base_model, Path(work), settings["max_new_tokens"], seed)
     sampled = answerer.sample(prompts["train"], samples, settings["temperature"],
