@@ -43,12 +43,16 @@ Example = dict
 # --- pairs -> examples ----------------------------------------------------------------------
 
 
-def jsft_examples(found: Found, templates: Templates, sft_only: bool = False) -> list[Example]:
-    """The SFT example of a record, then its judgments, each pair in both orders."""
+def jsft_examples(found: Found, templates: Templates, sft_only: bool = False,
+                  wanted: str = "all") -> list[Example]:
+    """The SFT example of a record, then its judgments, each pair in both orders.
+
+    `wanted` can leave out one kind: all, sft or judge.
+    """
     examples = []
-    if found.dialogue:
+    if found.dialogue and wanted != "judge":
         examples.append({"kind": "sft", "messages": found.dialogue})
-    if not sft_only:
+    if not sft_only and wanted != "sft":
         examples += [example for pair in found.pairs for example in judgments(pair, templates)]
     return examples
 
@@ -87,8 +91,10 @@ def jsft_rows(config, tokenizer, split: str = "train") -> "Dataset":
 
     templates = load_templates(config.templates)
     counts, names, texts = Counts(), [], []
-    for name, sft_only, found in read(config, split, templates, counts):
-        for example in jsft_examples(found, templates, sft_only):
+    wanted = config.jsft_args.get("examples", "all")
+    principles = (DEFAULT,) if wanted == "sft" else None
+    for name, sft_only, found in read(config, split, templates, counts, principles):
+        for example in jsft_examples(found, templates, sft_only, wanted):
             counts.add(Counter(sft=example["kind"] == "sft"))
             names.append(name)
             texts.append(json.dumps(example))  # one column for all kinds
@@ -163,7 +169,9 @@ def show_examples(config, tokenizer, number: int) -> None:
     """Print `number` examples of each kind, from the first records that have them."""
     templates = load_templates(config.templates)
     is_jsft = config.kind == "jsft"
-    records = read(config, "train", templates, Counts(), None if is_jsft else (DEFAULT,))
+    kinds = 2 if config.jsft_args.get("examples", "all") == "all" else 1
+    judges = is_jsft and config.jsft_args.get("examples") != "sft"
+    records = read(config, "train", templates, Counts(), None if judges else (DEFAULT,))
     shown: Counter = Counter()
     for name, sft_only, found in records:
         if is_jsft:
@@ -175,18 +183,18 @@ def show_examples(config, tokenizer, number: int) -> None:
                 if shown[kind] < number:
                     shown[kind] += 1
                     print(f"--- {printable(f'{kind}, {name}{title}')}\n{text}\n")
-        if shown and min(shown.values()) >= number and (not is_jsft or len(shown) == 2):
+        if shown and min(shown.values()) >= number and (not is_jsft or len(shown) == kinds):
             return
 
 
 def _jsft_samples(found: Found, templates: Templates, tokenizer, config, sft_only: bool,
                   shown: Counter) -> Iterator[tuple[str, str, str]]:
     """Kind, title and text of the record's dialogue and of one of its judgments."""
-    examples = jsft_examples(found, templates, sft_only)
+    examples = jsft_examples(found, templates, sft_only, config.jsft_args.get("examples", "all"))
     judged = [example for example in examples if example["kind"] == "judgment"]
     # Three further each time: another order, and another principle where there are four
     turn = 3 * shown["judgment"] % len(judged) if judged else 0
-    for example in examples[:bool(found.dialogue)] + judged[turn:turn + 1]:
+    for example in examples[:len(examples) - len(judged)] + judged[turn:turn + 1]:
         row = row_of(example, templates, tokenizer, config.jsft_args.get("max_length", MAX_LENGTH))
         title = (f" ({example.get('principle', 'dialogue')}): {len(row['input_ids'])} tokens, "
                  f"{sum(row['completion_mask'])} learnt{', cut' if row['cut'] else ''}")

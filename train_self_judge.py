@@ -6,7 +6,8 @@
         --config=configs/hh_self_judge.yaml training_args.max_steps=10
 
 The model, which `train_jsft.py` taught to judge, answers each query twice, judges its two answers
-and learns to prefer the better one (DPO), while what it started as stays the reference.
+and learns to prefer the better one (DPO), while what it started as stays the reference. With
+`self_judge_args.pairs=given` it learns from the dataset's own pairs instead (offline DPO).
 
 Unlike the released code: an adapter that training starts from is merged, not replaced; what is
 trained on are the sampled ids, EOS only where it was sampled; ties and identical answers train
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from self_judge.config import Config
 
 
-def main(*overrides: str, config: str = "", rounds: int = 1) -> None:
+def main(*overrides: str, config: str = "", rounds: int = 1, dry_run: bool = False) -> None:
     """Train an adapter (or every weight) on answers that the model samples and judges itself.
 
     Args:
@@ -32,15 +33,18 @@ def main(*overrides: str, config: str = "", rounds: int = 1) -> None:
         rounds: Train so often in turn: each policy is the start, reference and judge of the next
             round. Round 1 is in output_dir, round 2 in output_dir/round2, and so on; a finished
             round is not repeated, a killed one continues. Round r trains with seed + r - 1.
+        dry_run: Show rows and steps of round 1, then stop before the weights are loaded.
     """
     from self_judge.config import load_config
     from self_judge.self_training import rounds_of
 
     for settings in rounds_of(load_config(config, overrides, kind="self_judge"), rounds):
-        train_round(settings)
+        train_round(settings, dry_run)
+        if dry_run:
+            break  # the next round would start from this one's policy
 
 
-def train_round(settings: "Config") -> None:
+def train_round(settings: "Config", dry_run: bool) -> None:
     """One run from its start to its end, unless it is finished."""
     from lm.runs import Finished
     from self_judge import launch, self_training
@@ -48,6 +52,8 @@ def train_round(settings: "Config") -> None:
     with suppress(Finished):
         arguments = self_training.training_arguments(settings)  # before the model, for ZeRO-3
         data = self_training.load_data(settings, arguments)
+        if dry_run:
+            return launch.preview(settings, arguments, data)
         record, checkpoint = launch.open_run(settings, data)
         model = self_training.load_model(settings, arguments)
         trainer = self_training.make_trainer(settings, arguments, model, data)

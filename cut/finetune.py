@@ -68,6 +68,11 @@ def check(flags: dict) -> SimpleNamespace:
     settings.without = left_out(settings.objective, settings.without, settings.gamma)
     if settings.visualize and settings.objective != "cut":
         raise InputError("--visualize shows what CUT flags; leave out --objective")
+    if OBJECTIVES[settings.objective].compare:
+        for name in ("group_by_length", "train_on_inputs"):
+            if getattr(settings, name):
+                raise InputError(f"--{name} is not for --objective {settings.objective}, which "
+                                 "trl's DPO trains; leave it out")
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
     runs.check_trackers(settings.report_to)

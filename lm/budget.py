@@ -16,7 +16,7 @@ from lm.records import InputError
 from lm.threads import Unasked
 
 PRICES = Path(__file__).resolve().parents[1] / "configs" / "prices.yaml"
-LOCAL = re.compile(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1\])")
+LOCAL = re.compile(r"https?://(localhost|127(\.\d+){3}|0\.0\.0\.0|\[::1\])(:\d+)?(/|$)")
 BYTES_PER_TOKEN = 3  # few enough that a prompt seldom has more tokens than this says
 
 

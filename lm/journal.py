@@ -1,12 +1,15 @@
 """Journals: finished work, a JSON line each, so that a stop, even a kill, costs what was under way.
 
-The first line holds the settings, so that no result is ever a mixture of two settings.
+The first line holds the settings, so that no result is ever a mixture of two settings. Who has one
+open to write holds its lock, so that no two runs do the same work.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -16,14 +19,35 @@ from lm.records import InputError, Record
 def open_journal(path: Path, settings: Mapping) -> tuple[IO[str], list[Record]]:
     """The file to append to, and the lines that earlier runs with the same settings finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    lines = read_journal(path, settings)
-    # Without a line nothing was finished, so nothing binds
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1 if lines else 0)
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
-    if not lines:
-        append(file, settings)
+    try:
+        _lock(file)
+        lines = read_journal(path, settings)
+        # Without a line nothing was finished, so nothing binds
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1 if lines else 0)
+        if not lines:
+            append(file, settings)
+    except BaseException:
+        file.close()
+        raise
     return file, lines
+
+
+def discard(path: Path) -> None:
+    """Delete a journal, if there is one and no other run is writing it."""
+    if path.exists():
+        with open(path, "a", encoding="utf-8") as file:
+            _lock(file)
+            path.unlink()
+
+
+def _lock(file: IO[str]) -> None:
+    """Keep other runs out until the file is closed, if only by a kill."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{file.name}: another run is writing it; the same command goes on when "
+                         "that one has ended") from error
 
 
 def read_journal(path: Path, settings: Mapping) -> list[Record]:
@@ -41,6 +65,30 @@ def read_journal(path: Path, settings: Mapping) -> list[Record]:
     if len(lines) > 1:
         check_settings(path, lines[0], settings)
     return lines[1:]
+
+
+def by_content(lines: Iterable[Record], contents: Sequence[str]) -> dict[int, Record]:
+    """By place, those of a journal's lines that are about what stands there now.
+
+    A line has the `content` that it is about, and the `index` where that stood, from which samples
+    follow. So where contents are repeated, each line stays in its place if it can, and a place that
+    none is left for never had the sample that is drawn for it.
+
+    >>> lines = [{"content": "a", "index": 1}, {"content": "b", "index": 0}]
+    >>> by_content(lines, ["a", "a", "c"])
+    {1: {'content': 'a', 'index': 1}}
+    >>> by_content(lines, ["a", "b"])
+    {0: {'content': 'a', 'index': 1}, 1: {'content': 'b', 'index': 0}}
+    """
+    kept: dict[str, dict[int, Record]] = defaultdict(dict)
+    for line in lines:
+        kept[line["content"]][line["index"]] = line
+    found = {index: kept[content].pop(index) for index, content in enumerate(contents)
+             if index in kept[content]}
+    for index, content in enumerate(contents):
+        if index not in found and kept[content]:
+            found[index] = kept[content].pop(min(kept[content]))
+    return dict(sorted(found.items()))
 
 
 def append(file: IO[str], line: Mapping) -> None:

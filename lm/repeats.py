@@ -17,6 +17,15 @@ def present_rows(trainer: Trainer, rows: int) -> list[bool]:
     return [before + place < left_over for place in range(rows)]
 
 
+def present_rows_of_evaluation(trainer: Trainer, rows: int) -> list[bool]:
+    """The same of this process's micro-batch of an evaluation that is under way."""
+    state = trainer.accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return [True] * rows
+    before = trainer.accelerator.process_index * trainer.args.eval_batch_size
+    return [before + place < state.remainder for place in range(rows)]
+
+
 def rows_left_over(trainer: Trainer) -> int:
     """Rows in an epoch's last batches, over all processes, if they do not fill them.
 

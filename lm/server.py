@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lm.generation import Response
 
 OPENAI = "https://api.openai.com/v1"
+FLAGS = ("concurrency", "requests_per_minute", "timeout", "attempts", "max_requests", "max_cost",
+         "price_in", "price_out", "cache")  # of the scripts that ask servers; they change no answer
 FAILURES_IN_A_ROW = 20  # then something is wrong with more than a request
 LONGEST_WAIT = 300.0  # seconds; a request for which a server asks more has failed
 FIRST_ATTEMPTS = 3  # to reach a server that was never heard
@@ -222,6 +224,11 @@ class Server:
         cause = f" ({error.__cause__})" if type(error).__name__ == "APIConnectionError" else ""
         text = " ".join(f"{error}{cause}".split()) or type(error).__name__
         return text.replace(self._client.api_key, "[key]")[:300]  # cut last: no part of a key stays
+
+
+def connect(model: str, base_url: str, flags: Mapping, **more: object) -> Server:
+    """The server that a script's flags speak of."""
+    return Server(model, base_url, **{name: flags[name] for name in FLAGS if name in flags} | more)
 
 
 def generate_on(server: Server, prompts: Mapping[int, str | Sequence[Mapping[str, str]]], *,

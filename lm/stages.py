@@ -96,7 +96,7 @@ def refuse_other_outputs(manifest: Path, found: Mapping[str, str],
     for name, path in there.items():
         if digest(path) != found.get(name):
             raise InputError(f"{manifest}: {path} is not what this stage made; put that back, or "
-                             "delete this manifest, and the same command makes it again")
+                             "delete it and this manifest, and the same command makes it again")
     return [str(path) for name, path in outputs.items() if name not in there]
 
 

@@ -11,9 +11,10 @@
 
 A record of the output is that of the input with `judgment`: null where nothing is wrong with the
 response, else what is. Each judgment goes to OUTPUT.judgments.jsonl at once, so that a stop, even
-a kill, costs only what was under way; the same command goes on. A judgment that failed (error,
-refusal, no verdict) is told there and left out of the output, so nothing can train on it; the same
-command asks for those again and for nothing else. OUTPUT.summary.json has counts and cost.
+a kill, costs only what was under way; the same command goes on. A judgment counts for its response
+wherever that stands now: once records were added, removed or moved, only new ones are judged. One
+that failed (error, refusal, no verdict) is told there and left out of the output, so nothing can
+train on it; the same command asks for those again. OUTPUT.summary.json has counts and cost.
 
 Exit code: 0 all are judged (but for a share of --max_failed); 1 more have failed, and the others
 are in the output; 2 nothing could be written (bad input, budget spent, server gone).
@@ -30,7 +31,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, open_journal
+from lm.journal import append, by_content, digest, discard, open_journal
 from lm.models import load_tokenizer, resolve_model
 from lm.records import (
     InputError,
@@ -41,7 +42,8 @@ from lm.records import (
     write_json,
     write_text,
 )
-from lm.verdicts import load_judge_prompt
+from lm.server import connect
+from lm.verdicts import JudgePrompt, load_judge_prompt
 from scripts.evaluate_judge import precision, read_templates
 from scripts.generate import fingerprint, load, noting_costs
 from scripts.self_reject import model_settings
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
 JUDGES = ("server", "local", "jsft", "rules", "human")
 MODEL_IS = {"server": "the name by which the server knows it",
             "local": "a folder, or smollm2-135m-instruct", "jsft": "its folder"}
-SERVER_FLAGS = ("concurrency", "requests_per_minute", "timeout", "attempts", "max_requests",
-                "max_cost", "price_in", "price_out", "cache")
 # Fields that speak of an earlier judgment.
 OF_ANOTHER_JUDGMENT = ("judgment", "score", "reason", "i_ans", "ref")
 
@@ -107,19 +107,20 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
     if output.resolve() == Path(data_path).resolve():
         raise InputError("--output_path is --data_path; choose another, so that both are kept")
     if overwrite:
-        journal_file(output).unlink(missing_ok=True)
+        discard(journal_file(output))
     elif output.exists() and not journal_file(output).exists():
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
                          "choose another --output_path, or --overwrite")
-    file, lines = open_journal(journal_file(output), identity(settings, records))
+    contents = contents_of(judge, records)
+    file, lines = open_journal(journal_file(output), identity(settings))
     with file:
-        judged = {line["index"]: line for line in lines if "index" in line}
-        done = {index for index, line in judged.items() if line["status"] == "ok"}
-        if done:
-            print(f"{output}: {len(done)} of {len(records)} are judged already")
-        if len(done) < len(records):
-            annotate(settings, records, done, judged, lines, file)
-    failed = finish(settings, records, judged)
+        judged = by_content((line for line in lines if line.get("status") == "ok"), contents)
+        if judged:
+            print(f"{output}: {len(judged)} of {len(records)} are judged already")
+        spent = spent_by(lines)
+        if len(judged) < len(records):
+            spent = annotate(settings, records, contents, judged, lines, file)
+        failed = finish(settings, count(records, judged) | spent, records, judged)
     if failed > max_failed * len(records):
         sys.exit(1)
 
@@ -139,12 +140,16 @@ def check(settings: SimpleNamespace) -> None:
     if kind == "jsft":
         check_jsft(settings)
     if kind in ("server", "local"):
-        settings.prompt = load_judge_prompt(
-            settings.template or {"server": "annotator", "local": "ai_judge"}[kind])
+        settings.prompt = judge_prompt(kind, settings.template)
     if kind == "local":
         settings.model = resolve_model(settings.model)
     if kind == "human":
         settings.sheet = Path(settings.sheet or f"{settings.output_path}.sheet.csv")
+
+
+def judge_prompt(judge: str, template: str) -> JudgePrompt:
+    """How a server or a local model is asked."""
+    return load_judge_prompt(template or {"server": "annotator", "local": "ai_judge"}[judge])
 
 
 def check_jsft(settings: SimpleNamespace) -> None:
@@ -188,9 +193,15 @@ def add_others(records: list[Record], path: str) -> None:
         record["other"] = others[index]["output"]
 
 
-def identity(settings: SimpleNamespace, records: list[Record]) -> dict:
+def contents_of(judge: str, records: list[Record]) -> list[str]:
+    """What tells apart what the judge is asked; the rest of a record is no matter to it."""
+    more = {"rules": "constraints", "jsft": "other"}.get(judge)
+    return [digest([join_input(record), record["output"], record.get(more)]) for record in records]
+
+
+def identity(settings: SimpleNamespace) -> dict:
     """What the judgments depend on; they are not mixed with those of another one."""
-    found = {"judge": settings.judge, "records": digest(records), "seed": settings.seed}
+    found = {"judge": settings.judge, "seed": settings.seed}
     if settings.judge in ("server", "local"):
         found |= {"model": settings.model, "prompt": digest(vars(settings.prompt)),
                   "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
@@ -210,9 +221,9 @@ def journal_file(output: Path) -> Path:
     return output.with_name(output.name + ".judgments.jsonl")
 
 
-def annotate(settings: SimpleNamespace, records: list[Record], done: set[int],
-             judged: dict[int, Record], lines: list[Record], file: IO[str]) -> None:
-    """Ask for the judgments that are not `done`; note each in `judged` and the journal at once.
+def annotate(settings: SimpleNamespace, records: list[Record], contents: list[str],
+             judged: dict[int, Record], lines: list[Record], file: IO[str]) -> dict[str, float]:
+    """Ask for what is not `judged`; note it there and in the journal at once. What all took.
 
     `lines` are what the journal has so far; the budget goes on from them.
     """
@@ -221,25 +232,28 @@ def annotate(settings: SimpleNamespace, records: list[Record], done: set[int],
     from lm.annotators import Question
 
     questions = {index: Question.of(record) for index, record in enumerate(records)
-                 if index not in done}
+                 if index not in judged}
     judge, server = make_judge(settings)
     spent = dict
     if server:
         server.budget.go_on_from(lines)
         print(server.estimate(judge.requests(questions)))
         spent = server.budget.spent
-    bar = tqdm(judge(questions), total=len(records), initial=len(done), unit="judgment")
+    bar = tqdm(judge(questions), total=len(records), initial=len(judged), unit="judgment")
     try:
         with noting_costs(file, server):
             for index, judgment in bar:
                 judged[index] = {
-                    "index": index, "status": judgment.status, "judgment": judgment.text,
-                    "error": judgment.error, "raw": judgment.raw, **spent()}
+                    "index": index, "content": contents[index], "status": judgment.status,
+                    "judgment": judgment.text, "error": judgment.error, "raw": judgment.raw,
+                    **spent()}
                 append(file, judged[index])
                 if server:
                     bar.set_postfix_str(f"${server.budget.cost:.2f}")
     except InputError as error:
-        raise InputError(f"{error} ({told(count(records, judged))})") from error
+        counts = count(records, judged) | spent_by([*lines, spent()])
+        raise InputError(f"{error} ({told(counts)})") from error
+    return spent_by([*lines, spent()])
 
 
 def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
@@ -263,23 +277,20 @@ def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
         model, tokenizer = load(settings.model, None, settings.load_in)
         return annotators.LocalJudge(model, tokenizer, batch_tokens=settings.batch_tokens,
                                      **asked), None
-    from lm.server import Server
-
-    server = Server(settings.model, settings.base_url,
-                    **{name: getattr(settings, name) for name in SERVER_FLAGS})
+    server = connect(settings.model, settings.base_url, vars(settings))
     return annotators.ServerJudge(server, **asked), server
 
 
-def finish(settings: SimpleNamespace, records: list[Record], judged: dict[int, Record]) -> int:
+def finish(settings: SimpleNamespace, counts: Mapping[str, float], records: list[Record],
+           judged: dict[int, Record]) -> int:
     """Write the output and its summary; how many judgments have failed."""
     output = Path(settings.output_path)
-    counts = count(records, judged)
     good = [record_of(record, judged[index]) for index, record in enumerate(records)
             if judged[index]["status"] == "ok"]
     print(f"{output}: {told(counts)}")
-    failed = [line for line in judged.values() if line["status"] == "failed"]
-    for line in failed[:3]:
-        print(f"  record {line['index']} failed: {line['error']}")
+    failed = {index: line for index, line in judged.items() if line["status"] == "failed"}
+    for index, line in list(failed.items())[:3]:
+        print(f"  record {index} failed: {line['error']}")
     if failed:
         print(f"  the same command asks for these {len(failed)} again; {journal_file(output)} has "
               "the judge's words")
@@ -288,18 +299,22 @@ def finish(settings: SimpleNamespace, records: list[Record], judged: dict[int, R
     else:
         output.unlink(missing_ok=True)  # one that --overwrite was to replace
     write_json(output.with_name(output.name + ".summary.json"),
-               {**counts, "settings": identity(settings, records)})
+               {**counts, "settings": identity(settings)})
     return len(failed)
 
 
-def count(records: list[Record], judged: dict[int, Record]) -> dict[str, float]:
-    """Judgments by kind, and what they took."""
+def count(records: list[Record], judged: dict[int, Record]) -> dict[str, int]:
+    """Judgments by kind."""
     ok = [line for line in judged.values() if line["status"] == "ok"]
     positive = sum(line["judgment"] is None for line in ok)
     return {"responses": len(records), "positive": positive, "negative": len(ok) - positive,
-            "failed": len(judged) - len(ok),
-            **{name: max((line.get(name, 0) for line in judged.values()), default=0)
-               for name in ("requests", "cost")}}
+            "failed": len(judged) - len(ok)}
+
+
+def spent_by(lines: list[Record]) -> dict[str, float]:
+    """What a journal's judgments took, those of records that are no longer there included."""
+    return {name: max((line.get(name, 0) for line in lines), default=0)
+            for name in ("requests", "cost")}
 
 
 def told(counts: Mapping[str, float]) -> str:

@@ -5,9 +5,14 @@
         --shepherd_raw data/downloads/shepherd/human_data_raw.jsonl
     python scripts/convert2alpaca.py --output data/summary-train.json \\
         --critiques data/downloads/critiques/train.jsonl.gz
+    python scripts/convert2alpaca.py --output data/ultrafeedback-1000.json \\
+        --ultrafeedback data/downloads/ultrafeedback --limit 1000
 
 `scripts/download_data.py` fetches the inputs. `i_ans` is the corrected answer; CUT does not train
 on it, the ILF baselines do. A record without a correction has no `i_ans`.
+
+UltraFeedback: every rated response to some instructions, its `score` the mean of its ratings (1 to
+5), without judgments: what DPO on rewards learns from, and annotate.py judges for CUT.
 
 Shepherd: line k of both files is about the same answer, and both texts they share must be equal.
 
@@ -24,6 +29,7 @@ where `rankings` and `skip` may also stand in a `feedback` object of their owner
 carry its own ranking instead, and a lone answer needs none.
 """
 
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -43,34 +49,42 @@ from lm.records import (
 
 POSITIVE_SCORE = 7  # the rating of answers nobody criticised, and CUT's mark of a positive record
 NEGATIVE_SCORE = 1
+DRAW_SEED = 42
 
 
 def main(shepherd_model: str = "", shepherd_raw: str = "", critiques: str = "",
-         output: str = "") -> None:
-    """Write CUT records made from Shepherd (its two files) or from summarization critiques.
+         ultrafeedback: str = "", limit: int = 0, output: str = "") -> None:
+    """Write CUT records made from Shepherd (two files), summarization critiques or UltraFeedback.
 
     Args:
         shepherd_model: Shepherd's human_data_for_model.jsonl (.gz too).
         shepherd_raw: Shepherd's human_data_raw.jsonl, parallel to it (.gz too).
         critiques: a summarization critiques file, .jsonl or .jsonl.gz.
+        ultrafeedback: the folder of UltraFeedback's files, or one of them.
+        limit: of UltraFeedback, only so many instructions, drawn from all; 0 is all.
         output: the JSON file to write.
     """
     if not output:
         raise InputError("--output is missing; name the JSON file to write")
     skipped = Counter()
-    if critiques and not (shepherd_model or shepherd_raw):
+    shepherd = bool(shepherd_model or shepherd_raw)
+    if critiques and not (shepherd or ultrafeedback):
         records, skipped = from_critiques(critiques)
-    elif shepherd_model and shepherd_raw and not critiques:
+    elif ultrafeedback and not (shepherd or critiques):
+        records, skipped = from_ultrafeedback(ultrafeedback, limit)
+    elif shepherd_model and shepherd_raw and not (critiques or ultrafeedback):
         records = from_shepherd(shepherd_model, shepherd_raw)
     else:
-        raise InputError("give either --critiques, or both --shepherd_model and --shepherd_raw")
+        raise InputError("give either --critiques, or both --shepherd_model and --shepherd_raw, or "
+                         "--ultrafeedback")
     if not records:
-        raise InputError(f"{critiques}: every question was skipped ({_reasons(skipped)}); "
-                         "nothing to write")
+        raise InputError(f"{critiques or ultrafeedback}: every question was skipped "
+                         f"({_reasons(skipped)}); nothing to write")
     write_json(output, records)
     positives = sum(record["judgment"] is None for record in records)
-    print(f"{output}: {len(records)} records ({positives} positive, "
-          f"{len(records) - positives} negative); skipped: {_reasons(skipped) or 'none'}")
+    told = ("rated, not judged" if ultrafeedback
+            else f"{positives} positive, {len(records) - positives} negative")
+    print(f"{output}: {len(records)} records ({told}); skipped: {_reasons(skipped) or 'none'}")
 
 
 def from_shepherd(model_file: str, raw_file: str) -> list[Record]:
@@ -117,6 +131,30 @@ def from_critiques(file: str) -> tuple[list[Record], Counter]:
             else:
                 name = line.get("id", index)
                 records.append({"id": f"{name}-{number}" if nested else name, **record})
+    return records, skipped
+
+
+def from_ultrafeedback(path: str, limit: int) -> tuple[list[Record], Counter]:
+    """A record for each rated response to the drawn instructions, and what was left out."""
+    from self_judge.preferences import ranked_completions
+
+    files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [path]
+    lines = []
+    for file in files:
+        found = read_records(file)
+        check_fields(found, str(file), {"instruction": (str,), "completions": (list, NoneType)})
+        lines += [(f"{file}: record {index}", line) for index, line in enumerate(found)]
+    if not 0 <= limit <= len(lines):
+        raise InputError(f"--limit is {limit}; {path} has {len(lines)} instructions")
+    records, skipped = [], Counter()
+    for where, line in random.Random(DRAW_SEED).sample(lines, limit or len(lines)):
+        try:
+            completions, left_out = ranked_completions(line["completions"] or [])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        skipped.update(left_out)
+        records += [{"instruction": line["instruction"], "input": "", "output": one.response,
+                     "judgment": None, "score": one.score} for one in completions]
     return records, skipped
 
 

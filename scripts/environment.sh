@@ -1,5 +1,14 @@
 # Sourced by the recipes: makes or reuses the virtual environment and puts it on PATH.
 # VENV chooses its folder (default .venv); PYTHON the interpreter that makes it.
+# DRY_RUN=1: the recipe prints its commands, ready to be typed, and runs and installs nothing.
+if [ -n "${DRY_RUN:-}" ]; then
+    show() { printf '%q ' "$@"; echo; }
+    python() { show python "$@"; }
+    torchrun() { show torchrun "$@"; }
+    accelerate() { show accelerate "$@"; }
+    export -f show python torchrun accelerate
+    return
+fi
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 STAMP="$VENV/.installed-$(cksum < requirements.txt | tr ' ' '-')"

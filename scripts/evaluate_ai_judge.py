@@ -19,11 +19,11 @@ from types import NoneType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import digest
+from lm.journal import by_content
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
 from lm.tables import table
-from scripts.annotate import journal_file
+from scripts.annotate import contents_of, journal_file
 
 MEANINGS = {
     "readable": "judgments that could be read",
@@ -58,15 +58,18 @@ def main(truth: str, judged: str, output: str = "", show: int = 3) -> None:
 
 
 def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Record, list[Record]]:
-    """The settings of annotate.py, and the last line that it wrote about each record."""
+    """The settings of annotate.py, and what it wrote about each record, a failure if nothing else.
+
+    Its journal may hold more judgments, of other records.
+    """
     settings, *lines = read_records(journal_file(judged))
-    if settings.get("records") != digest(records):
-        raise InputError(f"{judged}: is not what annotate.py makes of {truth}; judge that file, "
-                         "all of it")
-    last = {line["index"]: line for line in lines if "index" in line}  # others tell of costs
+    contents = contents_of(settings["judge"], records)
+    last: dict[int, Record] = {}
+    for status in ("failed", "ok"):
+        last |= by_content((line for line in lines if line.get("status") == status), contents)
     if missing := [index for index in range(len(records)) if index not in last]:
-        raise InputError(f"{judged}: record {missing[0]} and {len(missing) - 1} more are not "
-                         "judged yet; run annotate.py to its end")
+        raise InputError(f"{judged}: record {missing[0]} of {truth} and {len(missing) - 1} more "
+                         "are not judged there; run annotate.py on that file, to its end")
     return settings, [last[index] for index in range(len(records))]
 
 

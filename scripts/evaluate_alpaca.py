@@ -13,8 +13,8 @@ lm/server.py, so a stopped run goes on and asks nothing twice. The key comes fro
 the server from --base_url or OPENAI_BASE_URL.
 
 A draw counts one half. A pair whose judgment failed or cannot be read is undecided: left out,
-counted, and asked again by the next run. The length-controlled win rate needs files of the Hub
-and is not computed.
+counted, and asked again by the next run; with more of them than --max_undecided the exit code is
+1. The length-controlled win rate needs files of the Hub and is not computed.
 
 Cost: the published judgments of 805 answers by gpt-4 say that they cost $18.17 and took 15 minutes;
 the annotators of 2024 cost a third and less (an estimate). alpaca-eval needs no environment of its
@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.server import connect
 from lm.tables import paper_rows, table
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ SENT = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"}  # wha
 
 def main(model_outputs: str = "", annotations: str = "", reference_outputs: str = "",
          annotator: str = "alpaca_eval_gpt4", judge_model: str = "", base_url: str = "",
-         output_dir: str = "", limit: int = 0, concurrency: int = 8, max_requests: int = 0,
-         max_cost: float = 0.0, price_in: float = -1.0, price_out: float = -1.0) -> None:
+         output_dir: str = "", limit: int = 0, max_undecided: float = 0.1, concurrency: int = 8,
+         requests_per_minute: float = 0.0, timeout: float = 120.0, attempts: int = 8,
+         max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
+         price_out: float = -1.0) -> None:
     """Judge a model's answers against the reference's, or count judgments that are there.
 
     Args:
@@ -65,12 +68,19 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         base_url: server that speaks OpenAI's protocol; default OPENAI_BASE_URL, else OpenAI's.
         output_dir: default: MODEL_OUTPUTS without its suffix / annotator.
         limit: only the first so many answers; 0 is all.
+        max_undecided: share of the pairs without a preference that is no reason for exit code 1.
         concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
+        timeout: seconds to wait for a reply before asking again.
+        attempts: of each request, before it has failed.
         max_requests: stop a run before more requests than this; 0 is no limit.
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
     """
+    flags = locals()
+    if not 0 <= max_undecided <= 1:
+        raise InputError(f"--max_undecided is {max_undecided}; expected a share, 0 to 1")
     if bool(model_outputs) == bool(annotations):
         raise InputError("give either --model_outputs, to have them judged, or --annotations")
     if find_spec("alpaca_eval") is None:
@@ -85,11 +95,7 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         folder = Path(output_dir or Path(model_outputs).with_suffix("") / "-".join(
             filter(None, (Path(annotator).name, judge_model.replace("/", "_")))))
         judge, model = load_annotator(annotator, judge_model)
-        from lm.server import Server
-
-        server = Server(model, base_url, cache=str(folder / "cache"), concurrency=concurrency,
-                        max_requests=max_requests, max_cost=max_cost, price_in=price_in,
-                        price_out=price_out)
+        server = connect(model, base_url, flags, cache=str(folder / "cache"))
         judged, undecided = annotate(judge, server, *pairs)
         write_json(folder / "annotations.json", judged)
         write_json(folder / "undecided.json", undecided)
@@ -105,6 +111,11 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
     if folder:
         write_json(folder / "results.json", {**about, **result})
         print(f"written: {folder}/results.json")
+    if (share := undecided_share(result)) > max_undecided:
+        print(f"warning: {result['n_undecided']} of {len(judged)} pairs are undecided "
+              f"({100 * share:.0f} %; --max_undecided allows {100 * max_undecided:g} %), so this "
+              "win rate is one of the others alone", file=sys.stderr)
+        sys.exit(1)
 
 
 def read_annotations(path: str) -> list[Record]:
@@ -247,9 +258,14 @@ def count(judged: list[Record]) -> dict:
     return {**result, "n_undecided": len(judged) - len(decided)}
 
 
+def undecided_share(result: Record) -> float:
+    return result["n_undecided"] / (result["n_total"] + result["n_undecided"])
+
+
 def summary(result: dict) -> str:
     row = [result["model"], f"{result['win_rate']:.2f}", f"{result['standard_error']:.2f}",
-           *(f"{result[key]:.0f}" for key in ("n_wins", "n_draws", "n_wins_base", "n_undecided"))]
+           *(f"{result[key]:.0f}" for key in ("n_wins", "n_draws", "n_wins_base")),
+           f"{result['n_undecided']} ({100 * undecided_share(result):.1f} %)"]
     rows = [[model, f"{figure:.2f}", *[""] * 5] for measure in ("alpaca", "alpaca_greedy")
             for model, (figure,) in paper_rows(measure).items()]
     return table(["model", "win rate", "± error", "wins", "draws", "losses", "undecided"],

@@ -134,8 +134,10 @@ def read_pairs(source: str, templates: "Templates", seed: int = 42) -> list[Reco
                 name: record[name] for name in ("chosen", "rejected", "principle")
                 if record.get(name) is not None}})
             continue
+        rated = "completions" in record  # by principle; of two dialogues all principles vote
         try:
-            found = found_in(record, tuple(templates.judge), system=templates.system, seed=seed)
+            found = found_in(record, tuple(templates.judge) if rated else (DEFAULT,),
+                             system=templates.system, seed=seed)
         except InputError as error:
             raise InputError(f"{source}: record {index}: {error}") from error
         left_out += not found.pairs

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.server import connect
 from lm.tables import paper_rows, table
 from lm.verdicts import FIELD, TEMPLATES
 
@@ -40,9 +41,9 @@ DRAWS = 1000  # of the bootstrap
 
 def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "",
          references: str = "", template: str = "mt_bench", max_new_tokens: int = 1024,
-         temperature: float = 0.0, concurrency: int = 8, timeout: float = 120.0,
-         max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
-         price_out: float = -1.0) -> None:
+         temperature: float = 0.0, concurrency: int = 8, requests_per_minute: float = 0.0,
+         timeout: float = 120.0, attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0,
+         price_in: float = -1.0, price_out: float = -1.0) -> None:
     """Print the mean score of each category and turn with 95 % intervals.
 
     Args:
@@ -56,7 +57,9 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         max_new_tokens: longest reply of the judge; one that is cut has failed.
         temperature: of the judge; 0 is greedy, below 0 it is left to the server.
         concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
+        attempts: of each request, before it has failed.
         max_requests: stop a run before more requests than this; 0 is no limit.
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
@@ -64,14 +67,13 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     """
     from lm.replies import Request
 
+    flags = locals()
     prompt = load_prompt(template, FIELDS)
     records = read_dialogues(answers)
     if references:
         records = with_references(records, references)
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
-    server = connect(judge_model, base_url, folder, concurrency=concurrency, timeout=timeout,
-                     max_requests=max_requests, max_cost=max_cost, price_in=price_in,
-                     price_out=price_out)
+    server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     turns = [(record, turn) for record in records for turn in range(len(record["turns"]))]
     said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
                         for each in turns], read_score)
@@ -153,13 +155,6 @@ def question(prompt: Mapping[str, str], record: Record, turn: int) -> list[dict[
                for place, text in enumerate(known, start=1) if text)]
     return [{"role": "system", "content": prompt["system"]},
             {"role": "user", "content": "\n\n".join(parts)}]
-
-
-def connect(model: str, base_url: str, folder: Path, **options) -> "Server":
-    """The judge's server, whose replies are kept in the folder."""
-    from lm.server import Server
-
-    return Server(model, base_url, cache=str(folder / "cache"), **options)
 
 
 def ask(server: "Server", requests: Sequence["Request"],

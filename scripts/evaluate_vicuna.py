@@ -25,16 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, write_json
+from lm.server import connect
 from lm.shares import Share, wilson
 from lm.tables import paper_rows, table
-from scripts.evaluate_mt_bench import (
-    ask,
-    connect,
-    fill,
-    load_prompt,
-    read_dialogues,
-    report_failed,
-)
+from scripts.evaluate_mt_bench import ask, fill, load_prompt, read_dialogues, report_failed
 
 VERDICT = re.compile(r"^\W*verdict[\s:*_=]+(A|B|tie)[.*_\s]*$", re.IGNORECASE | re.MULTILINE)
 FIELDS = {"system": set(), "user": {"question", "first", "second"}}
@@ -46,8 +40,9 @@ MEANINGS = {"win": "wins", "tie": "ties", "loss": "losses",
 
 def main(answers: str, baseline: str, judge_model: str, base_url: str = "", output_dir: str = "",
          template: str = "vicuna", max_new_tokens: int = 1024, temperature: float = 0.0,
-         concurrency: int = 8, timeout: float = 120.0, max_requests: int = 0,
-         max_cost: float = 0.0, price_in: float = -1.0, price_out: float = -1.0) -> None:
+         concurrency: int = 8, requests_per_minute: float = 0.0, timeout: float = 120.0,
+         attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
+         price_out: float = -1.0) -> None:
     """Print the shares of wins, ties and losses, and the win rate, with 95 % intervals.
 
     Args:
@@ -60,7 +55,9 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
         max_new_tokens: longest reply of the judge; one that is cut has failed.
         temperature: of the judge; 0 is greedy, below 0 it is left to the server.
         concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
+        attempts: of each request, before it has failed.
         max_requests: stop a run before more requests than this; 0 is no limit.
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
@@ -68,12 +65,11 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
     """
     from lm.replies import Request
 
+    flags = locals()
     prompt = load_prompt(template, FIELDS)
     pairs = read_pairs(answers, baseline)
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
-    server = connect(judge_model, base_url, folder, concurrency=concurrency, timeout=timeout,
-                     max_requests=max_requests, max_cost=max_cost, price_in=price_in,
-                     price_out=price_out)
+    server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     orders = [(pair, shown_first) for pair in pairs for shown_first in ("model", "baseline")]
     said = ask(server, [Request(question(prompt, *order), max_new_tokens, temperature)
                         for order in orders], read_verdict)

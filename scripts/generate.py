@@ -8,9 +8,11 @@
     python scripts/generate.py --base_model_name_or_path saved_models/cut-13b \\
         --base_url http://localhost:8000/v1 --output_path saved_models/cut-13b/alpaca_eval.json
 
-Each finished response goes to OUTPUT.partial.jsonl at once (of further processes, to
-OUTPUT.partial.1.jsonl and so on); after a stop, even a kill, the same command goes on where it was,
-with any number of processes. A finished output is kept, with its settings beside it, and reused.
+Each finished response goes to OUTPUT.responses.jsonl at once (of further processes, to
+OUTPUT.responses.1.jsonl and so on); after a stop, even a kill, the same command goes on where it
+was, with any number of processes. A response counts for its prompt wherever that stands now: when
+some prompts were added, removed or moved, only new ones are answered. A finished output is kept,
+with its settings beside it, and reused.
 Differs from the released script: batches, resumes, and decodes the new tokens only (it split the
 text at the first "### Response:", even one inside an instruction).
 """
@@ -21,7 +23,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import NoneType
@@ -30,7 +32,15 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, check_settings, digest, open_journal, read_journal
+from lm.journal import (
+    append,
+    by_content,
+    check_settings,
+    digest,
+    discard,
+    open_journal,
+    read_journal,
+)
 from lm.models import find_adapter, load_adapter, load_model, load_tokenizer, resolve_model
 from lm.records import (
     InputError,
@@ -41,6 +51,7 @@ from lm.records import (
     write_json,
 )
 from lm.runs import world_size
+from lm.server import connect
 from lm.templates import load_template
 
 if TYPE_CHECKING:
@@ -61,9 +72,9 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
          max_new_tokens: int = 2048, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
          limit: int = 0, batch_tokens: int = 16384, load_in: str = "auto",
          overwrite: bool = False, base_url: str = "", concurrency: int = 8,
-         requests_per_minute: float = 0.0, timeout: float = 600.0, max_requests: int = 0,
-         max_cost: float = 0.0, price_in: float = -1.0, price_out: float = -1.0,
-         cache: str = "", engine: str = "hf") -> None:
+         requests_per_minute: float = 0.0, timeout: float = 600.0, attempts: int = 8,
+         max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
+         price_out: float = -1.0, cache: str = "", engine: str = "hf") -> None:
     """Generate a response to each instruction, batched and resumable.
 
     Args:
@@ -77,8 +88,9 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         max_new_tokens: longest response.
         temperature: 0 is greedy, as in the paper.
         top_p: sample from the most probable tokens that hold this much probability.
-        seed: of the samples; they do not depend on batches or stops. Servers get a seed for each
-            sample, and differ in what they make of it.
+        seed: of the samples, which follow from it and the place of the prompt in the file (when it
+            was answered), not from batches or stops. Servers get a seed for each sample, and
+            differ in what they make of it.
         limit: only the first so many instructions; 0 is all.
         batch_tokens: tokens a batch may hold, prompts and responses; lower it if memory is short.
         load_in: 8bit|4bit|bf16|fp16|fp32|checkpoint; auto is checkpoint on CUDA, fp32 on the CPU.
@@ -88,6 +100,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         concurrency: requests under way at a time.
         requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a response before asking again.
+        attempts: of each request, before it has failed.
         max_requests: stop after so many, earlier runs for this output included; 0 is no limit.
         max_cost: stop before so many dollars are exceeded, counted alike; 0 is no limit.
         price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
@@ -99,6 +112,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
 
     from lm.generation import check_sampling
 
+    flags = locals()
     check_sampling(max_new_tokens, batch_tokens, temperature, top_p)
     check_engine(engine, base_url, peft_model_path, load_in)
     adapter = find_adapter(peft_model_path) if peft_model_path else None
@@ -118,33 +132,40 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     place, processes = launched(alone=bool(base_url) or engine == "vllm")
     if overwrite:
         if place == 0:
-            for file in (*partial_files(output), settings_file(output)):
-                file.unlink(missing_ok=True)
+            for file in journal_files(output):
+                discard(file)
+            settings_file(output).unlink(missing_ok=True)
         wait(processes)
     elif is_done(output, settings):
         if place == 0:
             print(f"{output}: already there, made with the same settings; --overwrite makes it "
                   "anew")
         return
-    server = connect(
-        base_model_name_or_path, base_url, cache=cache, concurrency=concurrency, timeout=timeout,
-        requests_per_minute=requests_per_minute, max_requests=max_requests, max_cost=max_cost,
-        price_in=price_in, price_out=price_out) if base_url else None
-    file, lines, done = open_partial(output, settings, place)
-    mine = share(records, place, processes)
-    left = prompts_of(records, template, [index for index in mine if index not in done])
+    server = connect(base_model_name_or_path, base_url, flags) if base_url else None
+    prompts = prompts_of(records, template)
+    contents = [digest(prompt) for prompt in prompts]
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-    with file, noting_costs(file, server):
-        if left:
-            found = (ask(server, left, lines, sampling) if server else
-                     respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
-                             sampling))
-            bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
-                       disable=place > 0)
-            note(bar, file, server)
-    wait(processes)
-    if place == 0:
-        write_output(output, records, settings)
+    file, lines = open_journal(journal_file(output, place), bound(settings))
+    with file:
+        done = finished(output, settings, contents)
+        if not done and settings_file(output).exists():  # all prompts are others: a mistake?
+            check_settings(output, read_settings(output), settings)
+        if done and place == 0:
+            print(f"{output}: going on after {len(done)} finished responses")
+        mine = share(records, place, processes)
+        left = {index: prompts[index] for index in mine if index not in done}
+        with noting_costs(file, server):
+            if left:
+                found = (ask(server, left, lines, sampling) if server else
+                         respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
+                                 sampling))
+                bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
+                           disable=place > 0)
+                note(bar, contents, file, server)
+        wait(processes)
+        if place == 0:
+            write_output(output, records, settings, finished(output, settings, contents))
+            gather(output, settings, file)
 
 
 def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str) -> None:
@@ -241,48 +262,53 @@ def fingerprint(folder: Path | None) -> str:
     return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
-def partial_file(output: Path, place: int = 0) -> Path:
-    return output.with_name(f"{output.name}.partial{f'.{place}' if place else ''}.jsonl")
+def journal_file(output: Path, place: int = 0) -> Path:
+    return output.with_name(f"{output.name}.responses{f'.{place}' if place else ''}.jsonl")
 
 
-def partial_files(output: Path) -> list[Path]:
+def journal_files(output: Path) -> list[Path]:
     """Those that are there, of however many processes."""
-    return sorted(output.parent.glob(glob.escape(output.name) + ".partial*.jsonl"))
+    return sorted(output.parent.glob(glob.escape(output.name) + ".responses*.jsonl"))
 
 
 def settings_file(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
+def read_settings(output: Path) -> dict:
+    """Those that a finished output was made with."""
+    return json.loads(settings_file(output).read_text(encoding="utf-8"))
+
+
+def bound(settings: Mapping) -> dict:
+    """What a response depends on, whatever the other prompts are."""
+    return {key: value for key, value in settings.items() if key != "prompts"}
+
+
 def is_done(output: Path, settings: dict) -> bool:
-    """Whether the whole output is there; one of other settings is an error, never a loss."""
+    """Whether the whole output is there; one of other settings is an error, never a loss.
+
+    One of other prompts is not whole, if the journal still has its responses.
+    """
     if not output.exists():
         return False
+    journals = journal_files(output)
     if not settings_file(output).exists():  # they are written after it
-        if partial_files(output):
+        if journals:
             return False
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
                          "choose another --output_path, or --overwrite")
-    check_settings(output, json.loads(settings_file(output).read_text(encoding="utf-8")), settings)
-    for file in partial_files(output):  # a kill came between the two
-        file.unlink(missing_ok=True)
+    found = read_settings(output)
+    if journals and found != settings and bound(found) == bound(settings):
+        return False
+    check_settings(output, found, settings)
     return True
 
 
-def open_partial(output: Path, settings: dict,
-                 place: int) -> tuple[IO[str], list[Record], dict[int, Record]]:
-    """The file to append responses to, its lines, and all finished ones by prompt index."""
-    file, lines = open_journal(partial_file(output, place), settings)
-    done = finished(output, settings)
-    if done and place == 0:
-        print(f"{output}: going on after {len(done)} finished responses")
-    return file, lines, done
-
-
-def finished(output: Path, settings: dict) -> dict[int, Record]:
-    """The responses in the partial files, by prompt index."""
-    return {line["index"]: line for file in partial_files(output)
-            for line in read_journal(file, settings) if "index" in line}
+def finished(output: Path, settings: dict, contents: Sequence[str]) -> dict[int, Record]:
+    """The responses in the journals to the prompts with these contents, by place."""
+    lines = [line for file in journal_files(output) for line in read_journal(file, bound(settings))]
+    return by_content((line for line in lines if "index" in line), contents)
 
 
 def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, object]:
@@ -295,13 +321,13 @@ def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, o
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 
-def prompts_of(records: list[Record], template: str, wanted: list[int]) -> "dict[int, Prompt]":
+def prompts_of(records: list[Record], template: str) -> "list[Prompt]":
     """What the model is asked: a text each, or a message where the template is `chat`."""
-    texts = {index: records[index]["instruction"] for index in wanted}
+    texts = [record["instruction"] for record in records]
     if template == "chat":
-        return {index: [{"role": "user", "content": text}] for index, text in texts.items()}
+        return [[{"role": "user", "content": text}] for text in texts]
     frame = load_template(template)
-    return {index: frame.render(text) for index, text in texts.items()}
+    return [frame.render(text) for text in texts]
 
 
 def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
@@ -316,12 +342,6 @@ def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
 
     model, tokenizer = load(model_path, adapter, load_in)
     return generate(model, tokenizer, prompts, token_budget=batch_tokens, **sampling)
-
-
-def connect(model: str, base_url: str, **options) -> "Server":
-    from lm.server import Server
-
-    return Server(model, base_url, **options)
 
 
 def ask(server: "Server", prompts: "dict[int, Prompt]", lines: list[Record],
@@ -341,11 +361,11 @@ def answers(records: list[Record], texts: list[str], generator: str) -> list[Rec
             for record, text in zip(records, texts, strict=True)]
 
 
-def note(bar: "tqdm", file: IO[str], server: "Server | None") -> None:
-    """Append each (index, response) under a progress bar to the partial file as it comes."""
+def note(bar: "tqdm", contents: Sequence[str], file: IO[str], server: "Server | None") -> None:
+    """Append each (index, response) under a progress bar to the journal as it comes."""
     for index, response in bar:
-        append(file, {"index": index, "output": response.text.strip(),
-                      "finish_reason": response.finish_reason,
+        append(file, {"index": index, "content": contents[index],
+                      "output": response.text.strip(), "finish_reason": response.finish_reason,
                       **(server.budget.spent() if server else {})})
         if server:
             bar.set_postfix_str(f"${server.budget.cost:.2f}")
@@ -364,16 +384,24 @@ def noting_costs(file: IO[str], server: "Server | None") -> Iterator[None]:
             append(file, server.budget.spent())
 
 
-def write_output(output: Path, records: list[Record], settings: dict) -> None:
-    """The whole output, or none of it; only then do the partial files go."""
-    done = finished(output, settings)
+def write_output(output: Path, records: list[Record], settings: dict,
+                 done: dict[int, Record]) -> None:
+    """The whole output, or none of it."""
     texts = [done[index]["output"] for index in range(len(records))]
+    settings_file(output).unlink(missing_ok=True)  # of other prompts
     write_json(output, answers(records, texts, settings["generator"]))
     write_json(settings_file(output), settings)
-    for file in partial_files(output):
-        file.unlink()
     cut = sum(line["finish_reason"] == "length" for line in done.values())
     print(f"{output}: {len(records)} responses, {cut} of them cut at max_new_tokens")
+
+
+def gather(output: Path, settings: dict, file: IO[str]) -> None:
+    """All processes' lines in the first one's journal, which is open; then the others go."""
+    for other in journal_files(output):
+        if other != journal_file(output):
+            for line in read_journal(other, bound(settings)):
+                append(file, line)
+            other.unlink()
 
 
 if __name__ == "__main__":

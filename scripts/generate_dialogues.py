@@ -8,7 +8,7 @@
 
 A question is a record `{question_id, category, turns, reference?}`, `turns` the list of what the
 user says; an answer is that record with `outputs`, the model's reply to each, and `generator`. Each
-reply goes to OUTPUT.partial.jsonl at once; after a stop, even a kill, the same command goes on
+reply goes to OUTPUT.responses.jsonl at once; after a stop, even a kill, the same command goes on
 where it was. A finished output is kept, with its settings beside it, and reused.
 
 In a dialogue the Alpaca template has its header once, then a block for each instruction and
@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, open_journal
+from lm.journal import append, digest, discard, open_journal
 from lm.models import load_tokenizer
 from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.server import connect
 from lm.templates import load_template
 from scripts.evaluate_judge import precision
-from scripts.generate import is_done, noting_costs, partial_file, settings_file
+from scripts.generate import is_done, journal_file, noting_costs, settings_file
 from scripts.self_reject import model_settings
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
          template: str = "alpaca", peft_model_path: str = "", generator: str = "",
          max_new_tokens: int = 1024, temperature: float = -1.0, seed: int = 0, limit: int = 0,
          batch_tokens: int = 16384, load_in: str = "auto", overwrite: bool = False,
-         base_url: str = "", concurrency: int = 8, timeout: float = 600.0, max_requests: int = 0,
-         max_cost: float = 0.0, price_in: float = -1.0, price_out: float = -1.0) -> None:
+         base_url: str = "", concurrency: int = 8, requests_per_minute: float = 0.0,
+         timeout: float = 600.0, attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0,
+         price_in: float = -1.0, price_out: float = -1.0) -> None:
     """Generate a reply to each turn of each question, batched and resumable.
 
     Args:
@@ -78,7 +80,9 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
         base_url: ask the OpenAI-compatible server at this address; its key, if it wants one, is
             taken from OPENAI_API_KEY. Templates other than chat are completions, chat is a chat.
         concurrency: requests under way at a time.
+        requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
+        attempts: of each request, before it has failed.
         max_requests: stop before more requests than this, earlier runs included; 0 is no limit.
         max_cost: stop before more dollars than this, counted alike; 0 is no limit.
         price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
@@ -86,6 +90,7 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
     """
     from self_judge.base import find_base
 
+    flags = locals()
     questions = read_questions(data_path, limit)
     text = template_text(template)
     if base_url and (peft_model_path or template.endswith(".jinja")):
@@ -93,11 +98,7 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
                          "the server load them, with --template chat")
     base, server = None, None
     if base_url:
-        from lm.server import Server
-
-        server = Server(base_model_name_or_path, base_url, concurrency=concurrency,
-                        timeout=timeout, max_requests=max_requests, max_cost=max_cost,
-                        price_in=price_in, price_out=price_out)
+        server = connect(base_model_name_or_path, base_url, flags)
     else:
         base = find_base({"pretrained_model_name_or_path": base_model_name_or_path,
                           "peft_model_name_or_path": peft_model_path})
@@ -109,7 +110,7 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
                 "generator": generator or name.resolve().name}
     output = Path(output_path)
     if overwrite:
-        partial_file(output).unlink(missing_ok=True)
+        discard(journal_file(output))
         settings_file(output).unlink(missing_ok=True)
     elif is_done(output, settings):
         print(f"{output}: already there, made with the same settings; --overwrite makes it anew")
@@ -155,10 +156,10 @@ def template_text(name: str) -> str:
 
 def answer(questions: list[Record], settings: dict, output: Path, start: Callable[[], "Engine"],
            server: "Server | None" = None) -> dict[tuple[int, int], Record]:
-    """The lines of the partial file by (question, turn), those missing made by a started engine."""
+    """The lines of the journal by (question, turn), those missing made by a started engine."""
     from tqdm import tqdm
 
-    file, lines = open_journal(partial_file(output), settings)
+    file, lines = open_journal(journal_file(output), settings)
     done = {(line["index"], line["turn"]): line for line in lines if "index" in line}
     if done:
         print(f"{output}: going on after {len(done)} finished replies")
@@ -248,13 +249,13 @@ def write(chat_template: str, messages: list["Message"], **tokens: str) -> str:
 
 def write_answers(output: Path, questions: list[Record], replies: dict[tuple[int, int], Record],
                   settings: dict) -> None:
-    """The whole output, or none of it; only then does the partial file go."""
+    """The whole output, or none of it; only then does the journal go."""
     write_json(output, [
         {**question, "outputs": [replies[index, turn]["output"]
                                  for turn in range(len(question["turns"]))],
          "generator": settings["generator"]} for index, question in enumerate(questions)])
     write_json(settings_file(output), settings)
-    partial_file(output).unlink()
+    journal_file(output).unlink()
     cut = sum(line["finish_reason"] == "length" for line in replies.values())
     print(f"{output}: {len(replies)} replies to {len(questions)} questions, {cut} of them cut at "
           "max_new_tokens")

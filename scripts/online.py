@@ -12,11 +12,14 @@ the first are the repository's scripts, run by the commands that are printed.
 OUTPUT_DIR/roundN/manifests/STAGE.json says what a stage was made of (settings, sha256 of inputs),
 what it made, its counts, seconds (of the run that finished it) and dollars. It is written last,
 and a stage that has one is not run again; so after a stop, even a kill, the same command goes on
-and ends with the same files. Changed settings or inputs are an error: a folder holds one run. Free
-to change are --rounds, --gpus, the audit's flags, and what changes no result (max_cost ...).
+and ends with the same files. Changed settings, inputs or outputs are an error: a folder holds one
+run. Free to change are --rounds, --gpus, the audit's flags, and what changes no result (max_cost,
+which is for a round's judgments, those that are asked for twice included ...). A model may be
+deleted when the next round has its own.
 
 The audit stops a round before training if too many judgments failed, if nearly all or nearly none
-are positive, or if the judge, asked again with another seed, often says the opposite.
+are positive, or if the judge, asked again with another seed, often says the opposite; and it stops
+at a win rate of which too many pairs are undecided (max_undecided of evaluate_alpaca.py).
 """
 
 import difflib
@@ -31,7 +34,7 @@ from types import NoneType, SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import finetune_unlikelihood
-from cut.online import in_order, locked, refuse_changes
+from cut.online import in_order
 from lm.cli import run
 from lm.models import resolve_model
 from lm.records import (
@@ -43,6 +46,7 @@ from lm.records import (
     write_json,
 )
 from lm.runs import describe_run
+from lm.stages import locked, refuse_changes
 from scripts import annotate, evaluate_alpaca, generate, online_stages, plot_online
 from scripts.online_stages import SHARES, bound
 
@@ -120,7 +124,7 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         for number in range(rounds + 1):
             stages = one_round(settings, number, model, pool) if number else {}
             if number:
-                model = str(online_stages.folder_of(settings, number) / "model")
+                model = online_stages.folder_of(settings, number) / "model"
             stages["evaluate"] = online_stages.evaluate(settings, number, model)
             done.append(row(number, stages))
             write_json(settings.folder / "online.json", {**record, "rounds": done})
@@ -131,7 +135,7 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
     print(f"model: {model}; all numbers: {settings.folder}/online.json")
 
 
-def one_round(settings: SimpleNamespace, number: int, model: str,
+def one_round(settings: SimpleNamespace, number: int, model: str | Path,
               pool: list[Record]) -> dict[str, Record]:
     """The manifests of a round's stages, from its instructions to its model."""
     return {"sample": online_stages.sample(settings, number, pool),

@@ -12,19 +12,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
 import finetune_unlikelihood
-from cut.online import audit, done_once
+from cut.online import audit
+from lm.journal import digest
 from lm.models import resolve_model
 from lm.records import InputError, Record, read_records, write_json, write_text
 from lm.runs import REPOSITORY
+from lm.server import FLAGS
+from lm.stages import done_once
+from lm.templates import load_template
 from scripts import annotate
 
 # Flags of these commands that may differ from one run to the next: they change no result.
-FREE = {*finetune_unlikelihood.FREE_SETTINGS, *annotate.SERVER_FLAGS, "batch_tokens"}
+FREE = {*finetune_unlikelihood.FREE_SETTINGS, *FLAGS, "batch_tokens", "max_undecided"}
 SHARES = ("max_failed", "min_positive", "max_positive", "min_agreement")
 
 
@@ -46,6 +51,11 @@ def folder_of(settings: SimpleNamespace, number: int) -> Path:
     return settings.folder / f"round{number}"
 
 
+def template_of(name: str) -> str:
+    """Changes when a prompt template does, though its name stays."""
+    return name if name == "chat" else digest(asdict(load_template(name)))
+
+
 def sample(settings: SimpleNamespace, number: int, pool: list[Record]) -> Record:
     """A round's instructions, each as often as there are to be samples of it."""
     path = folder_of(settings, number) / "instructions.jsonl"
@@ -63,7 +73,7 @@ def sample(settings: SimpleNamespace, number: int, pool: list[Record]) -> Record
                  {"instructions": path}, work)
 
 
-def respond(settings: SimpleNamespace, number: int, model: str) -> Record:
+def respond(settings: SimpleNamespace, number: int, model: str | Path) -> Record:
     """The current model's responses; each depends on the seed and on its place in the file."""
     folder = folder_of(settings, number)
     instructions, responses = folder / "instructions.jsonl", folder / "responses.json"
@@ -77,12 +87,13 @@ def respond(settings: SimpleNamespace, number: int, model: str) -> Record:
         return {"responses": len(outputs), "empty": outputs.count("")}
 
     return stage(settings, number, "generate",
-                 {"model": model, "instructions": instructions}, flags, {"responses": responses},
-                 work)
+                 {"model": model, "instructions": instructions},
+                 {**flags, "template_text": template_of(settings.template)},
+                 {"responses": responses}, work)
 
 
-def answer(settings: SimpleNamespace, model: str, name: str, prompts: str | Path, output: Path,
-           flags: Mapping) -> None:
+def answer(settings: SimpleNamespace, model: str | Path, name: str, prompts: str | Path,
+           output: Path, flags: Mapping) -> None:
     """Have a model answer prompts, on all GPUs; vLLM takes one."""
     execute(settings, "scripts/generate.py",
             processes=1 if flags.get("engine") == "vllm" else settings.gpus,
@@ -96,8 +107,12 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     responses, judged = folder / "responses.json", folder / "judged.json"
     inputs = {"responses": responses}
     flags = {"judge": settings.judge, **settings.flags["judge"]}
+    bound_to = {}
     if settings.judge_model:
         flags["model"] = settings.judge_model
+    if settings.judge in ("server", "local"):
+        prompt = annotate.judge_prompt(settings.judge, flags.get("template", ""))
+        bound_to["template_text"] = digest(vars(prompt))
     if settings.judge == "local":
         inputs["judge_weights"] = resolve_model(settings.judge_model)
 
@@ -109,7 +124,7 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
             stop_if_bad(settings, number, counts)
         return counts
 
-    return stage(settings, number, "annotate", inputs, flags,
+    return stage(settings, number, "annotate", inputs, flags | bound_to,
                  {"judgments": judged}, work)
 
 
@@ -132,11 +147,25 @@ def ask_again(settings: SimpleNamespace, number: int, counts: Mapping, judged: P
     responses, output = judged.with_name("repeats.json"), judged.with_name("repeats_judged.json")
     write_json(responses, [{**records[index], "repeats": index} for index in sorted(drawn)])
     again = ask(settings, responses, output, {**flags, "seed": int(flags.get("seed", 0)) + 1,
-                                              "overwrite": True})  # other ones may be drawn now
+                                              **left_over(flags, counts)})
     signs = read_records(output) if again["positive"] + again["negative"] else []
     alike = sum((record["judgment"] is None) == (records[record["repeats"]]["judgment"] is None)
                 for record in signs)
     return {"repeats": len(drawn), "alike": alike, "cost": counts["cost"] + again["cost"]}
+
+
+def left_over(flags: Mapping, spent: Mapping) -> dict[str, float]:
+    """What is left of a round's limits, which hold for all its judgments together."""
+    left = {}
+    for name, kind, used in (("max_requests", int, spent["requests"]),
+                             ("max_cost", float, spent["cost"])):
+        if limit := kind(flags.get(name, 0)):
+            left[name] = round(limit - used, 6)
+            if left[name] <= 0:
+                raise InputError(f"--judge_settings: {name}={limit} is spent, and some judgments "
+                                 "are to be asked for twice; the same command with more goes on, "
+                                 "or with --repeats 0")
+    return left
 
 
 def stop_if_bad(settings: SimpleNamespace, number: int, counts: Mapping) -> None:
@@ -148,7 +177,7 @@ def stop_if_bad(settings: SimpleNamespace, number: int, counts: Mapping) -> None
                          "--output_dir")
 
 
-def train(settings: SimpleNamespace, number: int, model: str) -> Record:
+def train(settings: SimpleNamespace, number: int, model: str | Path) -> Record:
     """The round's adapter; the training script down-samples the positives."""
     folder = folder_of(settings, number)
     judged, adapter = folder / "judged.json", folder / "adapter"
@@ -161,11 +190,13 @@ def train(settings: SimpleNamespace, number: int, model: str) -> Record:
         return {**told["counts"], **{key: told[key] for key in ("steps", "first_loss",
                                                                 "last_loss")}}
 
-    return stage(settings, number, "train", {"model": model, "judgments": judged}, flags,
+    return stage(settings, number, "train",
+                 {"model": model, "judgments": judged},
+                 {**flags, "template_text": template_of(settings.template)},
                  {"adapter": adapter}, work)
 
 
-def merge(settings: SimpleNamespace, number: int, model: str) -> Record:
+def merge(settings: SimpleNamespace, number: int, model: str | Path) -> Record:
     """The round's model, a plain checkpoint."""
     folder = folder_of(settings, number)
     adapter, merged = folder / "adapter", folder / "model"
@@ -182,7 +213,7 @@ def merge(settings: SimpleNamespace, number: int, model: str) -> Record:
                  {"model": merged}, work)
 
 
-def evaluate(settings: SimpleNamespace, number: int, model: str) -> Record:
+def evaluate(settings: SimpleNamespace, number: int, model: str | Path) -> Record:
     """The model's greedy answers, and their score where something or somebody can give one."""
     answers = folder_of(settings, number) / "answers.json"
     flags = {"template": settings.template, "max_new_tokens": settings.max_new_tokens,
@@ -196,8 +227,12 @@ def evaluate(settings: SimpleNamespace, number: int, model: str) -> Record:
             return by_comparison(settings, answers)
         return {"measure": "no --annotator", "score": None}
 
-    return stage(settings, number, "evaluate", {"model": model, "prompts": settings.eval_prompts},
-                 {**flags, "annotator": settings.annotator, **settings.flags["evaluate"]},
+    inputs = {"model": model, "prompts": settings.eval_prompts}
+    if reference := settings.flags["evaluate"].get("reference_outputs"):
+        inputs["reference"] = reference
+    return stage(settings, number, "evaluate", inputs,
+                 {**flags, "template_text": template_of(settings.template),
+                  "annotator": settings.annotator, **settings.flags["evaluate"]},
                  {"answers": answers}, work)
 
 

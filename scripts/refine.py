@@ -34,7 +34,7 @@ FIELD = re.compile(r"\{(instruction|response|judgment)\}")
 
 
 def main(base_model_name_or_path: str, data_path: str, output_path: str,
-         template: str = "configs/templates/refine.json", peft_model_path: str = "",
+         template: str = "configs/templates/refine.yaml", peft_model_path: str = "",
          max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
          batch_tokens: int = 16384, load_in: str = "auto", overwrite: bool = False,
          base_url: str = "", max_cost: float = 0.0) -> None:
@@ -45,7 +45,7 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
             name by which the server knows it.
         data_path: Judged records, .json, .jsonl or .gz.
         output_path: JSON Lines file of the same records with `i_ans`.
-        template: JSON file whose `prompt` holds {instruction}, {response} and {judgment}.
+        template: YAML file whose `prompt` holds {instruction}, {response} and {judgment}.
         peft_model_path: Adapter to put on the model.
         max_new_tokens: Longest refinement.
         temperature: 0 is greedy.
@@ -95,11 +95,13 @@ def to_refine(records: list[Record], source: str) -> list[int]:
 
 def read_frame(path: str) -> str:
     """The prompt around a record's fields, checked."""
+    import yaml
+
     try:
-        text = json.loads(Path(path).read_text(encoding="utf-8"))["prompt"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--template {path}: expected a JSON file with a text 'prompt' "
-                         f"({error})") from error
+        text = str(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["prompt"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"--template {path}: expected a YAML file with a text 'prompt' "
+                         f"({type(error).__name__})") from error
     if {*FIELD.findall(text)} != {"instruction", "response", "judgment"}:
         raise InputError(f"{path}: field 'prompt' must be a text with {{instruction}}, "
                          "{response} and {judgment}")

@@ -32,6 +32,13 @@ def _rouge(name: str, kind: str) -> Measure:
                    "--base_model_name_or_path {model} --output {folder}/{run}/rouge.json")
 
 
+def _tournament(samples: int) -> Measure:
+    name = "tournament" if samples == 16 else f"tournament.n{samples}"
+    return Measure(f"N = {samples}", f"{{run}}/{name}/alpaca_eval_gpt4/results.json",
+                   ("win_rate",), "python scripts/evaluate_alpaca.py --model_outputs "
+                   f"{{folder}}/{{run}}/{name}.json")
+
+
 DIALOGUES = ("TEMPLATE=configs/templates/chat.jinja SFT={folder}/sft/model OUT={folder}/{run} "
              "bash scripts/evaluate_dialogues.sh {model}")
 MEASURES = {
@@ -55,6 +62,7 @@ MEASURES = {
                       ("shares", "win_rate", "share"), DIALOGUES, 100),
     "judge": Measure("accuracy", "{run}/judge.json", ("metrics", "all", "accuracy", "share"), "",
                      100),
+    **{f"tournament{samples}": _tournament(samples) for samples in (1, 2, 4, 8, 16)},
 }
 
 

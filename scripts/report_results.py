@@ -178,15 +178,21 @@ KINDS: dict[str, tuple[str, Callable]] = {
 
 
 def part(result: Record) -> str:
-    """A remark where only some of a benchmark's questions were asked."""
+    """A remark where only some of a benchmark's questions were asked, or have an answer."""
     kind = result.get("benchmark")
-    asked = {"alpaca_eval": lambda: result["n_total"] + result["n_undecided"],
-             "mt_bench": lambda: result["scores"]["all"]["all"]["count"] + result["failed"],
-             "vicuna": lambda: result["shares"]["win_rate"]["total"] + result["undecided"]}
-    if kind in asked and (count := asked[kind]()) < WHOLE[kind]:
-        return f" ({count:.0f} of {WHOLE[kind]})"
-    limit = result.get("settings", {}).get("limit") if kind == "ranking" else 0
-    return f" (first {limit})" if limit else ""
+    if kind == "ranking" and (limit := result.get("settings", {}).get("limit")):
+        return f" (first {limit})"
+    if kind not in WHOLE:
+        return ""
+    counted, lost = {
+        "alpaca_eval": lambda: (result["n_total"], result["n_undecided"]),
+        "mt_bench": lambda: (result["scores"]["all"]["all"]["count"], result["failed"]),
+        "vicuna": lambda: (result["shares"]["win_rate"]["total"], result["undecided"])}[kind]()
+    asked = counted + lost
+    remarks = [f"{asked:.0f} of {WHOLE[kind]}"] if asked < WHOLE[kind] else []
+    if 100 * lost >= asked:
+        remarks += [f"{100 * lost / asked:.0f} % undecided"]
+    return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -3,6 +3,10 @@
 # of its own answers.
 #
 #   bash scripts/self_judge_hh.sh
+#   METHOD=rso JSFT=runs/self-judge-hh/jsft bash scripts/self_judge_hh.sh
+#   DRY_RUN=1 bash scripts/self_judge_hh.sh                     # shows its commands
+#
+# The second is one of the comparisons; the lines of all are in configs/paper_tables.yaml.
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 1 for JSFT, 40 for self-training (the
 #           paper's longest run took about 90 on A100s), 2 on one GPU for the answers.
@@ -22,13 +26,19 @@ source scripts/self_judge_steps.sh
 BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-7b-hf}
 DATA=${DATA:-Anthropic/hh-rlhf}   # or a folder with the same subfolders, or a file
 EVAL=${EVAL:-test}                # the split to measure on; where DATA is a file, another
-OUT=${OUT:-runs/self-judge-hh}
+METHOD=${METHOD:-self_judge}      # jsft|sft|judge|dpo|offline|rso|raft|rest
+OUT=${OUT:-runs/${METHOD/_/-}-hh}
+JSFT=${JSFT:-$OUT/jsft}           # where it is or goes; METHODs can share one
+JUDGE=${JUDGE:-reference}         # frozen; policy is the live variant
+ROUNDS=${ROUNDS:-1}               # of self-training, each from the last one's policy
+LABEL_SAMPLES=${LABEL_SAMPLES:-8} # of rso, raft and rest, to a prompt (ours)
 PROMPTS=${PROMPTS:-}              # default: the 805 AlpacaEval instructions, from the Hub
 GPUS=${GPUS:-8}
 ACCUMULATION=${ACCUMULATION:-$((8 / GPUS))} # 128 rows a step in JSFT, 64 queries in self-training
 JSFT_CONFIG=${JSFT_CONFIG:-configs/hh_jsft.yaml}
 SELF_JUDGE_CONFIG=${SELF_JUDGE_CONFIG:-configs/hh_self_judge.yaml}
 TEMPLATES=${TEMPLATES:-configs/templates/judge_hh.yaml}
+SECTION=$TEMPLATES
 MAX_STEPS=${MAX_STEPS:--1}        # of each training
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-768}
 NUM_SAMPLES=${NUM_SAMPLES:-16}
@@ -38,6 +48,5 @@ BATCH_TOKENS=${BATCH_TOKENS:-65536} # sampled at once; lower it if memory is sho
 OVERRIDES=${OVERRIDES:-}          # of both trainings: section.key=value ...
 DATASET=(dataset.path="$DATA" dataset.eval="$EVAL")
 
-jsft
-self_training
-answers self-judge-hh
+learn
+answers "${METHOD/_/-}-hh"

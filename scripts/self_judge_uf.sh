@@ -4,6 +4,10 @@
 #
 #   bash scripts/self_judge_uf.sh
 #   PRINCIPLES=1 bash scripts/self_judge_uf.sh  # four principles vote; the judge gives its reasons
+#   METHOD=sft bash scripts/self_judge_uf.sh    # a comparison
+#   DRY_RUN=1 bash scripts/self_judge_uf.sh     # shows its commands
+#
+# The lines of all comparisons are in configs/paper_tables.yaml.
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 3 for JSFT (10 with principles); 90
 #           for self-training (the paper's longest run, on A100s; that it was this one is a guess);
@@ -22,16 +26,24 @@ source scripts/environment.sh
 source scripts/self_judge_steps.sh
 
 PRINCIPLES=${PRINCIPLES:-}
+RATIONALES=${RATIONALES:-1}          # with PRINCIPLES=1; 0: decisions alone are learnt
 BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-7b-hf}
 DATA=${DATA:-openbmb/UltraFeedback}  # or a folder, or a file
 EVAL_SIZE=${EVAL_SIZE:-1000}         # records held out of it to measure on
-OUT=${OUT:-runs/self-judge-uf${PRINCIPLES:+-pr}}
+METHOD=${METHOD:-self_judge}         # jsft|sft|judge|dpo|offline|rso|raft|rest
+OUT=${OUT:-runs/${METHOD/_/-}-uf${PRINCIPLES:+-pr}}
+JSFT=${JSFT:-$OUT/jsft}              # where it is or goes; METHODs can share one
+JUDGE=${JUDGE:-reference}            # frozen; policy is the live variant
+ROUNDS=${ROUNDS:-1}                  # of self-training, each from the last one's policy
+LABEL_SAMPLES=${LABEL_SAMPLES:-8}    # of rso, raft and rest, to a prompt (ours)
 PROMPTS=${PROMPTS:-}                 # default: the 805 AlpacaEval instructions, from the Hub
 GPUS=${GPUS:-8}
 ACCUMULATION=${ACCUMULATION:-$((8 / GPUS))} # 128 rows a step in JSFT, 64 queries in self-training
 JSFT_CONFIG=${JSFT_CONFIG:-configs/uf_jsft${PRINCIPLES:+_pr}.yaml}
 SELF_JUDGE_CONFIG=${SELF_JUDGE_CONFIG:-configs/uf_self_judge${PRINCIPLES:+_pr}.yaml}
 TEMPLATES=${TEMPLATES:-configs/templates/judge_uf${PRINCIPLES:+_principles}.yaml}
+SECTION=$TEMPLATES
+if [ "$RATIONALES" = 0 ]; then SECTION="{file: $TEMPLATES, decision_rationale: null}"; fi
 MAX_STEPS=${MAX_STEPS:--1}           # of each training
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-768}
 NUM_SAMPLES=${NUM_SAMPLES:-16}
@@ -41,6 +53,5 @@ BATCH_TOKENS=${BATCH_TOKENS:-65536}  # sampled at once; lower it if memory is sh
 OVERRIDES=${OVERRIDES:-}             # of both trainings: section.key=value ...
 DATASET=(dataset.path="$DATA" dataset.eval_size="$EVAL_SIZE")
 
-jsft
-self_training
-answers "self-judge-uf${PRINCIPLES:+-pr}"
+learn
+answers "${METHOD/_/-}-uf${PRINCIPLES:+-pr}"

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, open_journal
+from lm.journal import append, digest, discard, open_journal
 from lm.models import load_tokenizer, resolve_model
 from lm.records import InputError, Record, write_json
 from lm.tables import table
@@ -33,6 +33,7 @@ from scripts.generate import ALPACA_EVAL, answers, fingerprint, load_prompts
 if TYPE_CHECKING:
     from self_judge.base import Base
     from self_judge.judgment import Judgment
+    from self_judge.preferences import Message
     from self_judge.templates import Templates
     from self_judge.tournament import Bracket, Game, Match
 
@@ -84,7 +85,7 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})
     tokenizer = load_tokenizer(base.model)
-    queries, contexts = rendered(records, section, tokenizer)
+    queries, contexts = rendered(messages_of(records, section), section, tokenizer)
     asked = judge_settings(section, tokenizer, max_length, num_samples)
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
                 "seed": seed}
@@ -92,7 +93,7 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
         **model_settings(base), "load_in": load_in, "prompts": digest(queries),
         "judge": digest(asked), "num_samples": num_samples, **sampling}
     load = functools.cache(lambda: load_base(base, precision(load_in)))  # if anything is left to do
-    file, lines = open_samples(output, settings, overwrite)
+    file, lines = open_samples(output, journal_of(output), settings, overwrite)
     with file:
         samples = sampled(load, tokenizer, queries, num_samples, lines, file,
                           **sampling, token_budget=batch_tokens)
@@ -131,7 +132,13 @@ def check_flags(num_samples: int, temperature: float, top_p: float, max_new_toke
                          "use more, 1.0 as published, or --num_samples 1")
 
 
-def rendered(records: Sequence[Record], templates: "Templates",
+def messages_of(records: Sequence[Record], templates: "Templates") -> "list[list[Message]]":
+    """The turns before the answer, of records with an instruction."""
+    system = [{"role": "system", "content": templates.system}] if templates.system else []
+    return [[*system, {"role": "user", "content": record["instruction"]}] for record in records]
+
+
+def rendered(prompts: "Sequence[Sequence[Message]]", templates: "Templates",
              tokenizer: object) -> tuple[list[list[int]], list[str]]:
     """Each prompt's ids, as the model continues them, and its text, as the judge reads it.
 
@@ -141,10 +148,8 @@ def rendered(records: Sequence[Record], templates: "Templates",
     from self_judge.preferences import context_text
     from self_judge.templates import chat_text
 
-    system = [{"role": "system", "content": templates.system}] if templates.system else []
     queries, contexts = [], []
-    for record in records:
-        messages = [*system, {"role": "user", "content": record["instruction"]}]
+    for messages in prompts:
         query = chat_text(templates, tokenizer, messages, add_generation_prompt=True)
         queries.append(prompt_ids(tokenizer, query))
         contexts.append(context_text(messages))
@@ -173,11 +178,15 @@ def model_settings(base: "Base") -> dict:
             "weights": [fingerprint(Path(part)) for part in (folder, *base.adapters)]}
 
 
-def open_samples(output: Path, settings: dict, overwrite: bool) -> tuple[IO[str], list[Record]]:
+def journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".samples.jsonl")
+
+
+def open_samples(output: Path, path: Path, settings: dict,
+                 overwrite: bool) -> tuple[IO[str], list[Record]]:
     """The journal of samples and verdicts; an output that is not known to be ours is defended."""
-    path = output.with_name(output.name + ".samples.jsonl")
     if overwrite:
-        path.unlink(missing_ok=True)
+        discard(path)
     elif output.exists() and not path.exists():
         raise InputError(f"{output}: is there already, and {path.name} is not; choose another "
                          "--output_path, or --overwrite")

@@ -15,13 +15,11 @@ stops no other; it is told at the end (exit code 1) and in the report.
 All figures go to results/SIZE.json; the report is made from these files alone.
 """
 
-import json
 import os
-import shlex
 import sys
-import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,11 +34,15 @@ from scripts.tables_cells import (
     Study,
     commands_of,
     do,
+    gpu,
     is_done,
     needs,
     plan,
     share,
 )
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CONFIG = "configs/tables.yaml"
 
@@ -96,12 +98,10 @@ def load_study(config: str, size: str, output_dir: str) -> Study:
 
 def shared_out(jobs: int, threads: int) -> tuple[int, int]:
     """Cells at a time, and the threads of each."""
-    import torch
-
     if jobs < 0 or threads < 0:
         raise InputError(f"--jobs {jobs} and --threads {threads} must be 0 (chosen here) or more")
     cores = len(os.sched_getaffinity(0))
-    jobs = jobs or (1 if torch.cuda.is_available() else cores)
+    jobs = jobs or (1 if gpu() else cores)
     return jobs, threads or max(1, cores // jobs)
 
 
@@ -117,43 +117,46 @@ def run_all(study: Study, cells: list[Cell], jobs: int, threads: int) -> dict[st
     """Run what is missing, each cell after those that it needs; why which have failed."""
     from tqdm import tqdm
 
-    begin, ran, done, failed = time.monotonic(), 0, set(), {}
-    waiting = list(cells)
+    waiting, running, done, failed = list(cells), {}, set(), {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="cell") as bar:
-        running = {}
         try:
             while waiting or running:
                 for cell in list(waiting):
                     needed = {other.name for other in needs(study, cell)}
                     if lost := sorted(needed & failed.keys()):
                         failed[cell.name] = f"needs {lost[0]}"
-                        waiting.remove(cell)
                         bar.update()
                     elif needed <= done and len(running) < jobs:
                         running[pool.submit(do, study, cell, threads, bar.write)] = cell
-                        waiting.remove(cell)
-                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                    cell = running.pop(future)
-                    bar.update()
-                    try:
-                        record, fresh = future.result()
-                    except CellFailed as error:
-                        failed[cell.name] = str(error)
-                        bar.write(f"{cell.name}: failed: {error}")
+                    else:
                         continue
-                    done.add(cell.name)
-                    if fresh:
-                        ran += 1
-                        left = (time.monotonic() - begin) / ran * (len(waiting) + len(running))
-                        bar.write(f"{cell.name}: {told(study, cell, record)}, "
-                                  f"{record['seconds'] / 60:.1f} min; at most "
-                                  f"{left / 3600:.1f} h left")
-        except BaseException:
+                    waiting.remove(cell)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    finish(study, running.pop(future), future, bar, done, failed)
+        except BaseException:  # the others end with this one
             for process in list(study.running):
                 process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return failed
+
+
+def finish(study: Study, cell: Cell, future: Future, bar: "tqdm", done: set[str],
+           failed: dict[str, str]) -> None:
+    """Note how a cell has ended, and say so unless it was done before."""
+    try:
+        record, fresh = future.result()
+    except CellFailed as error:
+        failed[cell.name] = str(error)
+        bar.update()
+        return bar.write(f"{cell.name}: failed: {error}")
+    done.add(cell.name)
+    if not fresh:  # the bar and its estimate are of those that are run now
+        bar.total -= 1
+        return bar.refresh()
+    bar.update()
+    left = bar.format_dict["elapsed"] / bar.n * (bar.total - bar.n)
+    bar.write(f"{cell.name}: {told(study, cell, record)}, {record['seconds'] / 60:.1f} min; "
+              f"about {left / 3600:.1f} h left")
 
 
 def told(study: Study, cell: Cell, record: Record) -> str:
@@ -164,7 +167,7 @@ def told(study: Study, cell: Cell, record: Record) -> str:
 
 def collect(study: Study, path: Path) -> None:
     """Write the figures of all cells that are there; the report needs nothing else."""
-    found = {}
+    found, versions = {}, {}
     for cell in plan(study):
         folder = study.folder_of(cell)
         record, failure = (read_manifest(folder / name) for name in ("cell.json", "failed.json"))

@@ -23,7 +23,7 @@ from pathlib import Path
 from lm.models import resolve_model
 from lm.records import InputError, Record, write_json
 from lm.runs import REPOSITORY, describe_run
-from lm.stages import changes, digest, locked, made_of, read_manifest
+from lm.stages import digest, locked, made_of, read_manifest
 
 # Keys of a row that are no values for its commands.
 NO_VALUES = ("recipe", "once", "rates", "tuned_as", "measure")
@@ -94,8 +94,9 @@ def plan(study: Study, only: str = "") -> list[Cell]:
     chosen = [row for row in study.rows if not only or any(
         re.fullmatch(only, name) for name in (row, *tables_of(study, row)))]
     if not chosen:
+        tables = [table["key"] for table in study.settings["tables"]]
         raise InputError(f"--only {only!r} is the name of no row and no table; they are "
-                         f"{', '.join([*study.rows, *(t['key'] for t in study.settings['tables'])])}")
+                         f"{', '.join([*study.rows, *tables])}")
     wanted: dict[Cell, None] = {}
 
     def want(cell: Cell) -> None:
@@ -183,10 +184,7 @@ def settings_of(study: Study, cell: Cell) -> dict:
     """What a cell's result follows from, beside its inputs."""
     return {"commands": commands_of(study, cell), "seed": cell.seed,
             "learning_rate": cell.rate or chosen_rate(study, cell.row),
-            "model": digest_once(resolve_model(study.settings["model"]))}
-
-
-digest_once = functools.cache(digest)  # all cells begin with the same model
+            "model": digest(resolve_model(study.settings["model"]))}
 
 
 def inputs_of(study: Study, cell: Cell) -> dict[str, str]:
@@ -212,13 +210,18 @@ def is_done(study: Study, cell: Cell) -> bool:
 
 
 def what_changed(study: Study, cell: Cell, found: Record) -> list[str]:
-    """What differs between a finished cell and how it would be made now, in words."""
+    """The names of what differs between a finished cell and how it would be made now.
+
+    An input that was deleted after its use is taken to be as it was.
+    """
     made = made_of(inputs_of(study, cell), settings_of(study, cell), found)
-    return changes({**found["settings"], **found["inputs"]}, {**made["settings"], **made["inputs"]})
+    wanted = made["settings"] | found["inputs"] | made["inputs"]
+    return [name for name, value in wanted.items()
+            if (found["settings"] | found["inputs"]).get(name) != value]
 
 
 def do(study: Study, cell: Cell, threads: int, say=print) -> tuple[Record, bool]:
-    """A cell's record, and whether it was run for it; one that was made otherwise is moved aside."""
+    """A cell's record, and whether it was run now; one that was made otherwise is moved aside."""
     folder = study.folder_of(cell)
     with locked(study.folder / ".locks" / cell.name) as lock:
         finished = read_manifest(folder / "cell.json")
@@ -227,7 +230,7 @@ def do(study: Study, cell: Cell, threads: int, say=print) -> tuple[Record, bool]
             aside = next(path for number in itertools.count(1)
                          if not (path := folder.with_name(f"{folder.name}.old{number}")).exists())
             say(f"{cell.name}: run anew, the former one is kept as {aside.name} "
-                f"({'; '.join(changed)})")
+                f"({', '.join(changed)} changed)")
             os.replace(folder, aside)
         elif finished:
             return finished, False
@@ -330,6 +333,13 @@ def machine() -> str:
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
                        ) if Path("/proc/cpuinfo").exists() else [platform.processor()]
     told = f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores"
+    return f"{told}, {gpu()}" if gpu() else told
+
+
+def gpu() -> str:
+    """The GPU's name, or nothing; torch takes seconds to say that there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
     import torch
 
-    return f"{told}, {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else told
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""

@@ -36,7 +36,7 @@ def main(output_dir: str, source: str = "data/sample", records: int = 0, prompts
     Args:
         output_dir: Folder to write to.
         source: Folder laid out like data/sample.
-        records: Train on only the first so many judged responses; 0 is all.
+        records: Train on only so many judged responses, to few instructions; 0 is all.
         prompts_per_kind: Validation prompts of each kind of constraint.
         heldout_per_kind: Held-out prompts of each kind.
         preferences: Only the first so many lines of each file of preferences; 0 is all.
@@ -54,8 +54,10 @@ def main(output_dir: str, source: str = "data/sample", records: int = 0, prompts
     train = base / "train.jsonl"
     if scale > 1:
         train = scaled(base, folder / "scaled", base_model, scale)
-    write_lines(folder / "train.jsonl",
-                [scored(record) for record in read_records(train)[:records or None]])
+    judged = read_records(train)
+    if records:
+        judged = by_instruction(judged)[:records]
+    write_lines(folder / "train.jsonl", [scored(record) for record in judged])
     settings = yaml.safe_load((base / "ingredients.yaml").read_text(encoding="utf-8"))
     settings["prompts_per_kind"] = {"validation": prompts_per_kind, "heldout": heldout_per_kind}
     for split in settings["prompts_per_kind"]:
@@ -77,6 +79,14 @@ def scaled(source: Path, folder: Path, base_model: str, scale: int) -> Path:
     shutil.copy(source / "ingredients.yaml", folder)
     make_sample_data.main(base_model, str(folder), str(folder / "work"), scale=scale)
     return folder / "train.jsonl"
+
+
+def by_instruction(records: list[Record]) -> list[Record]:
+    """All responses to an instruction together, as DPO compares them with each other."""
+    grouped: dict[str, list[Record]] = {}
+    for record in records:
+        grouped.setdefault(record["instruction"], []).append(record)
+    return [record for responses in grouped.values() for record in responses]
 
 
 def scored(record: Record) -> Record:

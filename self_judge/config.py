@@ -21,16 +21,18 @@ TEXT, NUMBER, OPTIONAL = (str, type(None)), (int, float), (int, type(None))
 SECTIONS = ("training_args", "peft_config", "model", "templates", "dataset", "seed")
 # What each key of our own sections may be.
 JSFT_ARGS = {"max_length": (int,), "token_id_a": OPTIONAL, "token_id_b": OPTIONAL,
-             "eval_judge_pairs": OPTIONAL}
+             "eval_judge_pairs": OPTIONAL, "examples": (str,)}
 SELF_JUDGE_ARGS = {
     "token_id_a": OPTIONAL, "token_id_b": OPTIONAL, "disable_dropout": (bool,),
     "max_length": (int,), "max_new_tokens": (int,), "judge_batch_size": (int,), "top_p": NUMBER,
     "temperature": NUMBER, "loss_type": (str,), "beta": NUMBER, "average_log_prob": (bool,),
     "ties": (str,), "cut": (str,), "judge": (str,), "generation": (dict, type(None)),
-    "show_every": (int,),
+    "pairs": (str,), "show_every": (int,),
     "round": (int,)}  # which of `--rounds` this is; the training's seed is seed + round - 1
 MODEL = {"pretrained_model_name_or_path": (str,), "attn_implementation": TEXT,
          "peft_model_name_or_path": TEXT, "load_in": (str,)}
+# What is trained on; the first is the default.
+CHOICES = {"examples": ("all", "sft", "judge"), "pairs": ("sampled", "given")}
 OURS = {"jsft_args": JSFT_ARGS, "self_judge_args": SELF_JUDGE_ARGS, "model": MODEL}
 REQUIRED = ("training_args.output_dir", "model.pretrained_model_name_or_path", "templates",
             "dataset")
@@ -189,6 +191,12 @@ def _check_sections(raw: Mapping, kind: str, path: str) -> None:
     _check(raw.get("peft_config") or {}, _known(LoraConfig), f"{path}: peft_config")
     for name in (f"{kind}_args", "model"):
         _check(raw[name], OURS[name], f"{path}: {name}")
+    for key, known in CHOICES.items():
+        value = raw[f"{kind}_args"].get(key, known[0])
+        if value not in known:
+            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
+            raise InputError(f"{path}: {kind}_args: {key} is {value!r}; expected "
+                             f"{', '.join(known)}; did you mean '{nearest[0]}'?")
 
 
 def _known(dataclass_type: type) -> dict[str, tuple]:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -103,10 +104,17 @@ def tokenized(row: dict, tokenizer, query_length: int) -> dict:
 
 @dataclass(frozen=True)
 class Collator:
-    """One collator for both kinds of rows: texts to be sampled, and ids of given pairs."""
+    """One collator for all rows: texts to be sampled, and given pairs, of training as they are.
+
+    `pairs` batches the latter in the step, where it is known which of them count.
+    """
 
     queries: Callable
     pairs: Callable
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        return (self.pairs if "chosen_ids" in rows[0] else self.queries)(rows)
+        if "chosen_ids" not in rows[0]:
+            return self.queries(rows)
+        if "index" not in rows[0]:  # of evaluation
+            return self.pairs(rows)
+        return {"given": list(rows), "index": torch.tensor([row["index"] for row in rows])}

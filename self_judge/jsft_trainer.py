@@ -26,7 +26,7 @@ from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
 from lm.parts import InParts
 from lm.records import InputError
-from lm.repeats import present_rows
+from lm.repeats import present_rows, present_rows_of_evaluation
 from lm.runs import WholeCheckpoints
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
@@ -119,6 +119,9 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
         if not self.is_plain:
             inputs.pop("judged", None)
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not self.padding_free:
+            present = present_rows_of_evaluation(self, len(inputs["labels"]))
+            inputs["labels"][~torch.tensor(present)] = IGNORED
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.compute_loss(model, part)
                       for part in self.parts(self._prepare_inputs(inputs))]
@@ -151,7 +154,7 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
         """Add the mean loss of each kind of token to the training logs."""
         if "loss" in logs and self.is_plain:
             logs.update(self.sums["train"].take(self.accelerator) | {"loss": logs["loss"]})
-        super().log(logs, start_time)
+        super().log(logs)  # without the time since the start, which is no news
 
 
 class Collator:

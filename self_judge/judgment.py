@@ -185,14 +185,16 @@ def get_batch_judgments(model: "Module", tokenizer: "PreTrainedTokenizerBase",
                         responses_b: Sequence[str], judge_templates: Templates,
                         token_id_a: int | None = None, token_id_b: int | None = None,
                         judge_batch_size: int = 1, max_length: int = 2048,
-                        ties: str = "keep") -> list[str | None]:
+                        ties: str = "keep", cut: str = "keep") -> list[str | None]:
     """The better response of each pair, "A" or "B".
 
-    Of a tie B is taken, as the released code does; with `ties="drop"` it is None. The result does
-    not depend on `judge_batch_size`, of which `judge_pairs` tells.
+    Of a tie, as identical responses are, B is taken, as the released code does; with `ties="drop"`
+    it is None, and with `cut="drop"` it is None for a pair that the judge could not read whole. The
+    result does not depend on `judge_batch_size`, of which `judge_pairs` tells.
     """
-    if ties not in ("keep", "drop"):
-        raise InputError(f"ties is {ties!r}; expected keep or drop")
+    for name, value in (("ties", ties), ("cut", cut)):
+        if value not in ("keep", "drop"):
+            raise InputError(f"{name} is {value!r}; expected keep or drop")
     if not len(contexts) == len(responses_a) == len(responses_b):
         raise InputError(f"{len(contexts)} contexts, {len(responses_a)} responses_a and "
                          f"{len(responses_b)} responses_b; expected as many of each")
@@ -200,7 +202,8 @@ def get_batch_judgments(model: "Module", tokenizer: "PreTrainedTokenizerBase",
         model, tokenizer, list(map(Pair, contexts, responses_a, responses_b)), judge_templates,
         token_id_a=token_id_a, token_id_b=token_id_b, max_length=max_length,
         judge_batch_size=judge_batch_size)
-    return [judgment.winner or ("B" if ties == "keep" else None) for judgment in judgments]
+    return [None if judgment.cut and cut == "drop" else
+            judgment.winner or ("B" if ties == "keep" else None) for judgment in judgments]
 
 
 def judge_metrics(judgments: Sequence[Judgment], pairs: Sequence[Pair]) -> dict[str, Share]:

@@ -3,6 +3,7 @@
 Imported by `self_judge/jsft.py` and `self_judge/self_training.py`, which have the steps of each.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
             config.notes.append(f"no GPU: fp32 instead of {', '.join(halves)}")
         options |= dict.fromkeys(HALF, False) | {"use_cpu": True, "dataloader_pin_memory": False}
     options = {"gradient_checkpointing": False, "report_to": "none", "save_total_limit": 2,
-               "ddp_find_unused_parameters": False, **defaults, **options}
+               "ddp_find_unused_parameters": False,
+               "include_num_input_tokens_seen": "non_padding", **defaults, **options}
     report_to = options["report_to"] or "none"
     runs.check_trackers(report_to if isinstance(report_to, str) else ",".join(report_to))
     try:
@@ -115,6 +117,18 @@ def _never_evaluate(config: Config, arguments: TrainingArguments) -> None:
     if runs.is_main():
         print("note: the dataset has no records for evaluation, so nothing is measured on such; "
               "dataset.eval_size=N holds out N")
+
+
+def preview(config: Config, arguments: TrainingArguments, data: Data) -> None:
+    """`--dry_run`: what would be trained on, and how long; the judge prompts are checked too."""
+    if config.self_judge_args.get("pairs") != "given":
+        judge_options(config, data.tokenizer)
+    if runs.is_main():
+        rows, size = len(data.train), batch_size(arguments)
+        steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(
+            math.ceil(rows / size) * arguments.num_train_epochs)
+        print(f"rows: {rows}; to evaluate on: {len(data.held_out or ())}\n"
+              f"steps: {steps}, {size} rows each")
 
 
 def open_run(config: Config, data: Data) -> tuple[dict, str | None]:
@@ -222,7 +236,8 @@ def save(config: Config, run: dict, trainer: Trainer, names: Sequence[str],
          more: str = "") -> None:
     """Adapter (or model) and tokenizer, file by file in one piece; the run record last.
 
-    It holds, and the last lines tell, first and last value of what was logged by `names`.
+    It holds, and the last lines tell, first and last value of what was logged by `names`; also the
+    tokens of all rows that were trained on, repeated ones as often as they were.
     """
     folder = Path(config.training_args["output_dir"])
     with runs.full_disk_in_one_line(str(folder)):
@@ -237,7 +252,8 @@ def save(config: Config, run: dict, trainer: Trainer, names: Sequence[str],
     if runs.is_main():
         found = first_and_last(trainer.state.log_history, names)
         steps = trainer.state.global_step
-        runs.write_run(str(folder), run, status="finished", steps=steps, **found)
+        runs.write_run(str(folder), run, status="finished", steps=steps,
+                       tokens=trainer.state.num_input_tokens_seen, **found)
         print(f"trained {steps} steps on {len(trainer.train_dataset)} rows: "
               + ", ".join(f"{name} {first:.4f} -> {last:.4f}"
                           for name, (first, last) in found.items())

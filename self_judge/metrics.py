@@ -63,10 +63,15 @@ def count_step(means: Means, compared: Sequence[Comparison], winners: Sequence[s
             ("judge/cut_rate", [judgment.cut for judgment in judged]),
             ("query_cut_rate", [pair.query_cut for pair in compared]),
             ("response_cut_rate", [response.finish_reason == "length" for pair in compared
-                                   for response in (pair.response_a, pair.response_b)]),
-            ("response_length/chosen", [len(chosen.token_ids) for chosen, _ in kept]),
-            ("response_length/rejected", [len(rejected.token_ids) for _, rejected in kept])):
+                                   for response in (pair.response_a, pair.response_b)])):
         means.add(name, sum(values), len(values))
+    count_lengths(means, [(chosen.token_ids, rejected.token_ids) for chosen, rejected in kept])
+
+
+def count_lengths(means: Means, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Add the lengths of chosen and rejected responses, ids."""
+    for place, name in enumerate(("chosen", "rejected")):
+        means.add(f"response_length/{name}", sum(len(pair[place]) for pair in pairs), len(pairs))
 
 
 @dataclass

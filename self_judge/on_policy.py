@@ -2,7 +2,7 @@
 
 All queries of an optimizer step are sampled and judged together, so that both run in large batches
 whatever the micro-batch is, and every process knows what the whole step came to before its first
-forward pass.
+forward pass. Pairs that are given (offline DPO) take the same way, without the first two steps.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from lm.generation import Response, token_budget_batches
 from lm.repeats import present_rows
 from lm.templates import prompt_ids
 from self_judge.judgment import Pair, judge_pairs
-from self_judge.metrics import count_step, counted_tokens
-from self_judge.pairs import Comparison, keep_end, part_of
+from self_judge.metrics import count_lengths, count_step, counted_tokens
+from self_judge.pairs import Comparison, Row, empty_row, keep_end, part_of
 
 # A pair a forward is as fast as several on a CPU, with less memory; a GPU wants its units filled.
 TOKENS_PER_FORWARD = {"cpu": 256, "cuda": 16384}  # padding included; at least one pair
@@ -33,6 +33,21 @@ class OnPolicy:
         if not batches:  # a stream has ended
             return [], None
         present = self._present(batches)
+        rows = (self._given if self.pairs == "given" else self._own)(batches, present)
+        empty = empty_row(self.processing_class.eos_token_id)
+        micro = list(self._micro_batches(batches, [row or empty for row in rows], present))
+        return micro, self._agree(micro, sum(row is not None for row in rows))
+
+    def _given(self, batches: list[dict], present: Sequence[bool]) -> list[Row | None]:
+        """The dataset's own pairs."""
+        rows = [row if here else None for row, here in zip(
+            (row for batch in batches for row in batch["given"]), present, strict=True)]
+        count_lengths(self.means["train"], [(row["chosen_ids"], row["rejected_ids"])
+                                            for row in rows if row])
+        return rows
+
+    def _own(self, batches: list[dict], present: Sequence[bool]) -> list[Row | None]:
+        """Pairs of the policy's own responses; None for a query that gives none."""
         compared = self._judged(*self._sampled(batches, present))
         winners = [comparison.winner(self.ties, self.cut) if here else None
                    for comparison, here in zip(compared, present, strict=True)]
@@ -40,10 +55,8 @@ class OnPolicy:
                    [pair for pair, here in zip(compared, present, strict=True) if here],
                    [winner for winner, here in zip(winners, present, strict=True) if here])
         self.show(compared[0], winners[0])
-        rows = [pair.row(winner, self.processing_class.eos_token_id)
+        return [pair.row(winner) if winner else None
                 for pair, winner in zip(compared, winners, strict=True)]
-        micro = list(self._micro_batches(batches, rows, present))
-        return micro, self._agree(micro, sum(winner is not None for winner in winners))
 
     def parts(self, inputs: dict) -> list[dict[str, Tensor]]:
         """A micro-batch as forward passes over pairs of like length."""
@@ -51,7 +64,7 @@ class OnPolicy:
 
     def _present(self, batches: list[dict]) -> list[bool]:
         """False for rows that accelerate repeats so that all processes end with equal batches."""
-        *before, last = (len(batch["queries"]) for batch in batches)
+        *before, last = (len(batch["index"]) for batch in batches)
         return [True] * sum(before) + present_rows(self, last)
 
     def _sampled(self, batches: list[dict], present: Sequence[bool]
@@ -107,7 +120,7 @@ class OnPolicy:
         """Rows in the micro-batches of their queries, as trl's loss takes them, and their parts."""
         start = 0
         for batch in batches:
-            end = start + len(batch["queries"])
+            end = start + len(batch["index"])
             pairs = self.data_collator.pairs(rows[start:end])
             yield {**pairs, "present": torch.tensor(present[start:end]),
                    "parts": self._parts(pairs["attention_mask"].sum(1))}

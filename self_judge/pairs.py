@@ -41,10 +41,8 @@ class Comparison:
             return None
         return self.judgment.winner or ("B" if ties == "keep" else None)
 
-    def row(self, winner: str | None, eos_token_id: int) -> Row:
-        """The ids for trl's collator, as they were sampled; the empty row without a winner."""
-        if winner is None:
-            return empty_row(eos_token_id)
+    def row(self, winner: str) -> Row:
+        """The ids for trl's collator, as they were sampled."""
         chosen, rejected = self.ranked(winner)
         return {"prompt_ids": self.prompt_ids, "chosen_ids": list(chosen.token_ids),
                 "rejected_ids": list(rejected.token_ids)}

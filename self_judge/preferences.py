@@ -90,7 +90,7 @@ def ultrafeedback(record: Record, principles: Sequence[str] = (DEFAULT,), *,
     with the highest score. Its own system prompt goes before it.
     """
     _check(record, {"instruction": (str,), "completions": (list, NoneType)})
-    ranked, notes = _ranked(record["completions"] or [])
+    ranked, notes = ranked_completions(record["completions"] or [])
     if not ranked:
         return Found(notes=notes + Counter(answerless=1))
     system = ranked[0].system or system
@@ -161,8 +161,8 @@ class _Completion:
         return sum(self.ratings.values()) / len(self.ratings)
 
 
-def _ranked(completions: Sequence[object]) -> tuple[list[_Completion], Counter]:
-    """The rated completions, best first: by score, then by length."""
+def ranked_completions(completions: Sequence[object]) -> tuple[list[_Completion], Counter]:
+    """The rated completions, best first: by score, then by length; and what was left out."""
     notes: Counter = Counter()
     usable = []
     for place, given in enumerate(completions):

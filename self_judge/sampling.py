@@ -11,6 +11,7 @@ machine of its own kind, and no test runs it: what is tested is what goes into i
 out.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from lm.generation import Response, check_sampling, generate, response_of, stop_ids
 from lm.records import InputError
+from self_judge.config import check_keys
 
 ENGINES = ("hf", "vllm_server", "vllm_colocate")
 
@@ -46,9 +48,20 @@ class Sampling:
         if self.engine == "hf" and self.vllm:
             raise InputError(f"generation: {', '.join(sorted(self.vllm))} unknown to engine hf, "
                              "which takes token_budget")
+        if self.engine != "hf":
+            check_keys(self.vllm, vllm_options(), "generation")
         if self.engine != "hf" and not is_vllm_available():
             raise InputError(f"generation engine {self.engine} needs vllm, which is not installed; "
                              "pip install 'trl[vllm]' on a CUDA machine, or use engine hf")
+
+
+def vllm_options() -> set[str]:
+    """What trl's `VLLMGeneration` can be told beside what the trainer tells it; needs no vllm."""
+    from trl.generation import vllm_generation
+
+    return set(inspect.signature(vllm_generation.VLLMGeneration).parameters) - {
+        "model", "accelerator", "processing_class", "mode", "temperature", "top_p",
+        "max_completion_length"}
 
 
 def sampling_of(generation: Mapping | None, **common) -> Sampling:

@@ -79,8 +79,13 @@ def load_model(config: Config, arguments: DPOConfig):
     copied = " (a frozen copy)" if config.peft_config is None else ""
     model = launch.load_model(config, arguments.seed, role=f"policy and reference{copied}")
     if runs.is_main():
-        print(f"judge: the {config.self_judge_args.get('judge', 'reference')}")
+        print("pairs: the dataset's own; nothing is sampled or judged" if _offline(config) else
+              f"judge: the {config.self_judge_args.get('judge', 'reference')}")
     return model
+
+
+def _offline(config: Config) -> bool:
+    return config.self_judge_args.get("pairs") == "given"
 
 
 def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> SelfJudgeTrainer:
@@ -91,14 +96,14 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
         trainer = SelfJudgeTrainer(
             model, args=arguments, train_dataset=data.train, eval_dataset=data.held_out,
             processing_class=data.tokenizer, peft_config=launch.lora(config),
-            **launch.judge_options(config, data.tokenizer), **own)
+            **({} if _offline(config) else launch.judge_options(config, data.tokenizer)), **own)
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {models.first_line(error)}") from error
     if not trainer.is_sharded():
         with trainer.compute_loss_context_manager():
             check_head(trainer.model, prompt_ids(data.tokenizer, data.train[0]["query"])[:32])
     launch.tell_trained(config, trainer)
-    if runs.is_main():
+    if runs.is_main() and not _offline(config):
         left_out = ["identical responses", *(["ties"] if trainer.ties == "drop" else []),
                     *(["pairs that the judge cannot read whole"] if trainer.cut == "drop" else [])]
         print(f"left out: {', '.join(left_out)}")

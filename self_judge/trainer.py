@@ -5,6 +5,9 @@
         judge_templates=text, peft_config=LoraConfig(...))
     trainer.train()
 
+With `pairs="given"` it is offline DPO on the rows' own pairs: nothing is sampled or judged, and
+reference, loss, lengths and metrics are the same.
+
 Rows are texts: `query` (what the policy continues), `context` (what the judge reads), and for
 evaluation `chosen` and `rejected`. For each optimizer step the policy answers every query twice
 (`self_judge/sampling.py`), the frozen reference judges each pair in both orders
@@ -37,8 +40,10 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from trl import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
+from lm.fused_head import score_responses_only
 from lm.parts import InParts
 from lm.records import InputError
+from lm.repeats import present_rows_of_evaluation
 from lm.runs import WholeCheckpoints
 from self_judge.collators import SelfJudgeCollator
 from self_judge.inputs import (
@@ -62,7 +67,6 @@ from self_judge.metrics import (
 from self_judge.on_policy import OnPolicy
 from self_judge.pairs import Comparison
 from self_judge.sampling import HuggingFaceEngine, VllmEngine, sampling_of
-from self_judge.scoring import score_responses_only
 
 
 class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
@@ -91,6 +95,8 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         judge: reference (frozen) or policy (the paper's live variant).
         generation: the engine and its options, see `self_judge/sampling.py`.
         show_every: print two responses and their verdict every so many steps; 0 never.
+        pairs: sampled, or given: the rows' `chosen` and `rejected` (offline DPO). Nothing is
+            sampled or judged then, but queries leave room for max_new_tokens all the same.
     """
 
     _tag_names = ["trl", "self-judge"]  # noqa: RUF012
@@ -107,22 +113,24 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
                  loss_type: str = "sigmoid", beta: float = 0.1, average_log_prob: bool = False,
                  processing_class=None, ties: str = "drop", cut: str = "keep",
                  judge: str = "reference", generation: Mapping | None = None, show_every: int = 0,
-                 **kwargs):
+                 pairs: str = "sampled", **kwargs):
         for name, value, known in (("ties", ties, ("drop", "keep")), ("cut", cut, ("drop", "keep")),
-                                   ("judge", judge, ("reference", "policy"))):
+                                   ("judge", judge, ("reference", "policy")),
+                                   ("pairs", pairs, ("sampled", "given"))):
             if value not in known:
                 raise InputError(f"{name} is {value!r}; expected {' or '.join(known)}")
-        if not judge_templates:
+        if pairs == "sampled" and not judge_templates:
             raise InputError("judge_templates is missing: give a text with {context}, {response_a} "
                              "and {response_b}")
         args = training_arguments(args, disable_dropout=disable_dropout, max_length=max_length,
                                   loss_type=loss_type, beta=beta)
         self.ties, self.cut, self.judge, self.show_every = ties, cut, judge, show_every
+        self.pairs = pairs
         self.judge_options = {"judge_templates": judge_templates, "token_id_a": token_id_a,
                               "token_id_b": token_id_b}
         self.judge_batch_size = judge_batch_size
         sampling = sampling_of(generation, max_new_tokens=max_new_tokens, temperature=temperature,
-                               top_p=top_p)
+                               top_p=top_p) if pairs == "sampled" else None
         self.row_length = min(args.max_length, context_of(model) or args.max_length)
         args.max_length = self.row_length  # to which trl cuts given pairs
         self.query_length = self.row_length - max_new_tokens
@@ -132,10 +140,10 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
                              "context); lower max_new_tokens")
         # trl's ipo divides log-probs by the response's length, its other losses do not
         self.length_power = (args.loss_type[0] == "ipo") - average_log_prob
-        self.to_sample = as_dataset(train_dataset)
+        self.train_rows = as_dataset(train_dataset)
         super().__init__(
             model=model, ref_model=ref_model or copy_of(model, peft_config), args=args,
-            train_dataset=self.to_sample, eval_dataset=as_dataset(eval_dataset),
+            train_dataset=self.train_rows, eval_dataset=as_dataset(eval_dataset),
             processing_class=processing_class or tokenizer, peft_config=peft_config, **kwargs)
         self.data_collator = Collator(data_collator or SelfJudgeCollator(self.processing_class),
                                       self.data_collator)
@@ -149,24 +157,29 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
             if not self.aux_loss_enabled:  # a mixture of experts' own loss is left to trl's head
                 plain = self.accelerator.unwrap_model(scored)
                 score_responses_only(plain.get_base_model() if is_peft_model(plain) else plain)
-        self.engine = (HuggingFaceEngine(self, sampling) if sampling.engine == "hf"
-                       else VllmEngine(self, sampling, self.row_length))
+        if sampling:
+            self.engine = (HuggingFaceEngine(self, sampling) if sampling.engine == "hf"
+                           else VllmEngine(self, sampling, self.row_length))
 
     # Rows
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Training rows stay texts and get an index; evaluation rows become ids, by our rule."""
-        training = dataset is self.to_sample
+        """Rows to be sampled stay texts, pairs become ids, by our rule; training rows are numbered.
+        """
+        training = dataset is self.train_rows
         dataset = as_dataset(dataset)
         if "chosen_ids" in next(iter(dataset)):  # prepared before
             return dataset
-        needed = ["query", "context"] if training else ["query", "chosen", "rejected"]
+        to_sample = training and self.pairs == "sampled"
+        needed = ["query", "context"] if to_sample else ["query", "chosen", "rejected"]
         columns = checked_columns(dataset, dataset_name, needed)
         with global_then_local_main_first():
-            if training:
-                return dataset.select_columns(needed).map(add_index, with_indices=True)
-            return dataset.map(tokenized, remove_columns=columns, fn_kwargs={
-                "tokenizer": processing_class, "query_length": self.query_length})
+            if to_sample:
+                dataset = dataset.select_columns(needed)
+            else:
+                dataset = dataset.map(tokenized, remove_columns=columns, fn_kwargs={
+                    "tokenizer": processing_class, "query_length": self.query_length})
+            return dataset.map(add_index, with_indices=True) if training else dataset
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["query", "context", "index", "prompt_ids", "chosen_ids",
@@ -219,7 +232,11 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         self.log_probs.clear()
         result = super()._compute_loss(model, inputs, return_outputs)
-        self._count_pairs(inputs["completion_mask"].any(1).chunk(2)[0], *self.log_probs)
+        real = inputs["completion_mask"].any(1).chunk(2)[0]
+        if not self.model.training:
+            present = present_rows_of_evaluation(self, len(real))
+            real = real & torch.tensor(present, device=real.device)
+        self._count_pairs(real, *self.log_probs)
         return result
 
     # Metrics
@@ -262,7 +279,7 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         if "loss" in logs:
             logs["skipped_batches"] = self.skipped
             self.skipped = 0
-        super().log(logs, start_time)
+        super().log(logs)  # without the time since the start, which is no news
 
     def note_skip(self) -> None:
         self.skipped += 1

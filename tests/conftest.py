@@ -72,6 +72,14 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
+def warm_venv() -> Path:
+    """An environment for recipes, in which processes start at once; see warm_python.py."""
+    from warm_python import warm_environment
+
+    return warm_environment()
+
+
+@pytest.fixture(scope="session")
 def embedded_model(run_cli: Callable[..., subprocess.CompletedProcess]) -> Path:
     """Folder of SmolLM2-135M-Instruct, fetched into saved_models/ if it is not there yet."""
     from lm.models import DEFAULT_MODEL, SAVED_MODELS

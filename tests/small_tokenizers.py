@@ -45,23 +45,21 @@ def byte_level_with_bos():
     return _byte_level(tokenizer, around="<s> $A", bos_token="<s>", eos_token="</s>")
 
 
-def sentencepiece():
-    """Llama-2: a space is put before the text, other characters fall back to bytes; BOS."""
-    learnt = Tokenizer(models.BPE())
-    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    learnt.train_from_iterator([sentence.replace("\n", " ") for sentence in SENTENCES],
-                               trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    learnt = json.loads(learnt.to_str())["model"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
-    tokenizer = Tokenizer(models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge) for merge in learnt["merges"]], unk_token="<unk>",
-        byte_fallback=True, fuse_unk=True))
+def sentencepiece(sentences=SENTENCES):
+    """Llama-2, Mistral: a space is put before the text, other characters are bytes; BOS, no pad."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = _byte_fallback(sentences, special)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return _fast(tokenizer, around="<s> $A", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Strip(" ", 1, 0)])
+    return _fast(tokenizer, around="<s> $A", **special)
+
+
+def sentencepiece_without_space():
+    """Gemma: no space is put before the text, newlines are tokens, the pad is not the EOS; BOS."""
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    tokenizer = _byte_fallback(SENTENCES, special, ("\n", "\n\n"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return _fast(tokenizer, around="<s> $A", **special)
 
 
 def words():
@@ -76,7 +74,28 @@ def words():
 
 
 TOKENIZERS = {"byte_level": byte_level, "byte_level_with_bos": byte_level_with_bos,
-              "sentencepiece": sentencepiece, "words": words}
+              "sentencepiece": sentencepiece,
+              "sentencepiece_without_space": sentencepiece_without_space, "words": words}
+
+
+def _byte_fallback(sentences, special, newlines=()):
+    """BPE with a token for each byte, and some for newlines; no text is split before."""
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    learnt.train_from_iterator([sentence.replace("\n", " ") for sentence in sentences],
+                               trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    learnt = json.loads(learnt.to_str())["model"]
+    tokens = [*special.values(), *(f"<0x{byte:02X}>" for byte in range(256)),
+              *newlines, *learnt["vocab"]]
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    merges += [(newlines[0], newlines[0])] if newlines else []
+    tokenizer = Tokenizer(models.BPE(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges,
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse()])
+    tokenizer.add_special_tokens(list(special.values()))
+    return tokenizer
 
 
 def _byte_level(tokenizer, around=None, **special):

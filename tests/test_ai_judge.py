@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from lm.journal import digest
 from lm.records import InputError, read_records
 from lm.verdicts import load_judge_prompt
-from scripts import evaluate_ai_judge, make_judge_data
+from scripts import annotate, evaluate_ai_judge, make_judge_data
 
 PROMPT = load_judge_prompt("ai_judge")
 
@@ -69,10 +68,12 @@ def test_bad_flags_are_one_line(known, tmp_path, change, message):
 
 def judge(tmp_path, truth: str, said: list, records=None) -> str:
     """What annotate.py leaves: a text, None for perfect, or "!" for a failure."""
-    lines = [{"records": digest(records or read_records(truth)), "judge": "local", "model": "m"}]
-    for index, text in enumerate(said):
-        lines += [{"index": index, "status": "failed", "judgment": None, "error": "e", "raw": "r"},
-                  {"index": index, "status": "failed" if text == "!" else "ok", "error": "",
+    lines = [{"judge": "local", "model": "m"}]
+    contents = annotate.contents_of("local", records or read_records(truth))
+    for index, (content, text) in enumerate(zip(contents, said, strict=False)):
+        about = {"index": index, "content": content}
+        lines += [{**about, "status": "failed", "judgment": None, "error": "e", "raw": "r"},
+                  {**about, "status": "failed" if text == "!" else "ok", "error": "",
                    "judgment": None if text == "!" else text, "raw": text or "Yes."}]
     (tmp_path / "judged.json.judgments.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return str(tmp_path / "judged.json")
@@ -97,7 +98,8 @@ def test_agreement_is_counted_on_what_could_be_read(tmp_path, capsys):
 def test_judgments_of_other_records_or_of_some_are_refused(tmp_path):
     truth = write(tmp_path / "truth.json", [{"instruction": "Q", "output": "O", "judgment": None},
                                             {"instruction": "R", "output": "O", "judgment": "x"}])
-    with pytest.raises(InputError, match="record 1 and 0 more are not judged yet"):
+    with pytest.raises(InputError, match=r"record 1 of .* and 0 more are not judged there"):
         evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None]))
-    with pytest.raises(InputError, match=r"is not what annotate\.py makes of"):
-        evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None, None], [{"other": 1}]))
+    with pytest.raises(InputError, match=r"record 0 of .* and 1 more are not judged there"):
+        evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None, None], [
+            {"instruction": word, "output": "O"} for word in ("S", "T")]))

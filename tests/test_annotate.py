@@ -131,6 +131,27 @@ def test_faults_lose_nothing_and_only_the_failed_are_asked_again(responses, quic
         assert exit_code(**options) == 0 and len(server.asked) == 26  # nothing is left to ask
 
 
+def test_only_new_responses_are_judged_wherever_the_others_stand(responses, quick):
+    """Added, removed, moved, one of them twice; what else a record holds may change."""
+    with FaultServer({"Q5.": ["refusal"]}, verdict) as server:
+        options = flags(server, responses, cache="", max_requests=20)
+        assert exit_code(**options) == 1
+        first = json.loads(responses.read_text())
+        moved = [*({**record, "id": f"new {record['id']}"} for record in first[:2:-1]),
+                 *({**first[0], "instruction": "Q20."} for _ in range(2)), first[4]]
+        responses.write_text(json.dumps(moved))
+        assert exit_code(**options) == 0
+        again = [re.search(r"Q(\d+)\.", text)[1] for text in server.asked[12:]]
+        assert sorted(again) == ["20", "4", "5"]  # equal requests are sent once
+    found = json.loads((responses.parent / "out.json").read_text())
+    assert [record["id"] for record in found] == [record["id"] for record in moved]
+    assert [record["judgment"] for record in found[:9]] == [
+        None if number % 3 == 0 else f"Mistake {number}." for number in range(11, 2, -1)]
+    summary = json.loads((responses.parent / "out.json.summary.json").read_text())
+    assert summary["responses"] == 12 == summary["positive"] + summary["negative"]
+    assert summary["requests"] == 15  # those of records that are gone too
+
+
 def test_a_share_of_failures_can_be_allowed(responses, quick):
     with FaultServer({"Q7.": ["refusal!"]}, verdict) as server:
         assert exit_code(**flags(server, responses, max_failed=0.08)) == 1

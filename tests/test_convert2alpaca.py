@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lm.records import InputError
-from scripts.convert2alpaca import from_critiques, from_shepherd, main
+from scripts.convert2alpaca import from_critiques, from_shepherd, from_ultrafeedback, main
 
 QUESTIONS = [("2 + 2?", "5\n", "It is 4.", "4"), ("Is ice cold?", "No", "It is.", "Yes")]
 
@@ -137,6 +137,32 @@ def test_unexpected_critiques_are_named_with_file_record_and_question(tmp_path, 
     where = r"critiques\.jsonl: record 0: question 1: .*"
     with pytest.raises(InputError, match=where + message):
         convert(tmp_path, question(answer("Fine.")), bad)
+
+
+def rated(instruction, *ratings):
+    """UltraFeedback's record: responses whose two ratings are alike."""
+    return {"instruction": instruction, "completions": [
+        {"response": f"{instruction} {place}", "annotations": {
+            name: {"Rating": rating} for name in ("helpfulness", "honesty")}}
+        for place, rating in enumerate(ratings)]}
+
+
+def test_every_rated_response_becomes_a_record_with_its_reward(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [rated("Sing.", "5", "N/A", "2")])
+    write_lines(tmp_path / "b.jsonl", [rated("Dance.", "3")])
+    records, skipped = from_ultrafeedback(str(tmp_path), 0)
+    assert sorted((one["output"], one["score"]) for one in records) == [
+        ("Dance. 0", 3.0), ("Sing. 0", 5.0), ("Sing. 2", 2.0)]
+    assert {one["judgment"] for one in records} == {None} and skipped["unrated"] == 1
+
+
+def test_a_limit_counts_instructions_and_must_be_there(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [rated(f"{n}.", "4", "1") for n in range(9)])
+    records, _ = from_ultrafeedback(file, 2)
+    assert len(records) == 4 and len({one["instruction"] for one in records}) == 2
+    assert records == from_ultrafeedback(file, 2)[0]
+    with pytest.raises(InputError, match=r"limit is 10; .* has 9 instructions"):
+        from_ultrafeedback(file, 10)
 
 
 def test_command_writes_a_list_and_a_summary(tmp_path, run_cli):

@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_published_figures_follow_from_published_judgments(tmp_path, capsys):
     """2, 2 won, 1 lost, 1.5 and 0 draws, one undecided: (1 + 1 + 0 + 1/2 + 1/2) / 5 = 60 %."""
     path = write(tmp_path / "annotations.json", [
         {"preference": value, "generator_2": "theirs"} for value in (2.0, 2, 1, 1.5, 0, None)])
-    main(annotations=path, output_dir=str(tmp_path / "out"))
+    main(annotations=path, output_dir=str(tmp_path / "out"), max_undecided=0.2)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["win_rate"] == pytest.approx(60)
     assert result["standard_error"] == pytest.approx(
@@ -77,7 +78,18 @@ def test_published_figures_follow_from_published_judgments(tmp_path, capsys):
     assert [result[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_total",
                                     "n_undecided")] == [2, 1, 2, 5, 1]
     row = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("theirs"))
-    assert row.split() == ["theirs", "60.00", "18.71", "2", "2", "1", "1"]
+    assert row.split() == ["theirs", "60.00", "18.71", "2", "2", "1", "1", "(16.7", "%)"]
+
+
+def test_a_win_rate_without_many_of_its_pairs_is_no_success(tmp_path, capsys):
+    path = write(tmp_path / "annotations.json", [{"preference": 2.0}] * 8 + [{"preference": None}])
+    with pytest.raises(SystemExit) as stop:
+        main(annotations=path, output_dir=str(tmp_path / "out"))
+    assert stop.value.code == 1
+    assert re.fullmatch(r"warning: 1 of 9 pairs are undecided \(11 %; --max_undecided allows 10 "
+                        r"%\), .*\n", capsys.readouterr().err)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_undecided"] == 1
+    main(annotations=path, max_undecided=0.12)
 
 
 @pytest.mark.parametrize("value", [3, -1, 0.5, "2"])
@@ -95,7 +107,7 @@ def test_no_decided_pair_is_no_win_rate():
 def test_end_to_end_with_resume(files, tmp_path, capsys):
     """The budget ends the first run; later ones ask for what is missing, and for nothing twice."""
     with FaultServer({"Say six.": ["400!"]}, ranks) as server:
-        common = arguments(files, server, tmp_path, concurrency=1)
+        common = arguments(files, server, tmp_path, concurrency=1, max_undecided=0.5)
         with pytest.raises(InputError, match="max_requests"):
             main(**common, max_requests=2)
         assert len(server.asked) == 2
@@ -108,7 +120,7 @@ def test_end_to_end_with_resume(files, tmp_path, capsys):
         assert "2 undecided" in shown
         row = next(line for line in shown.split("\n") if line.startswith("mine"))
         # won, lost, equal, won: (1 + 0 + 1/2 + 1) / 4
-        assert row.split() == ["mine", "62.50", "23.94", "2", "1", "1", "2"]
+        assert row.split() == ["mine", "62.50", "23.94", "2", "1", "1", "2", "(33.3", "%)"]
         main(**common)
         asked_again = sorted(text.split("Say ")[1].split(".")[0] for text in server.asked[5:])
         assert asked_again == ["five", "six"]
@@ -119,7 +131,8 @@ def test_end_to_end_with_resume(files, tmp_path, capsys):
     assert sorted((entry["said"], "400" in entry["error"]) for entry in undecided) == [
         ("", True), ("Both are fine.", False)]
     counted = json.loads((tmp_path / "out" / "results.json").read_text())
-    main(annotations=str(tmp_path / "out" / "annotations.json"), output_dir=str(tmp_path / "two"))
+    main(annotations=str(tmp_path / "out" / "annotations.json"), output_dir=str(tmp_path / "two"),
+         max_undecided=0.5)
     again = json.loads((tmp_path / "two" / "results.json").read_text())
     assert {key: counted[key] for key in again if key != "annotations"} == {
         key: value for key, value in again.items() if key != "annotations"}
@@ -144,7 +157,8 @@ def test_local_annotator_asks_for_a_letter(files, tmp_path):
     with FaultServer(answer=letter) as server:
         with pytest.raises(InputError, match="--judge_model is missing"):
             main(**arguments(files, server, tmp_path, annotator="local"))
-        main(**arguments(files, server, tmp_path, annotator="local", judge_model="tiny", limit=4))
+        main(**arguments(files, server, tmp_path, annotator="local", judge_model="tiny", limit=4,
+                         max_undecided=0.25))
         assert {body["model"] for body in server.bodies} == {"tiny"}
         assert {message["role"] for body in server.bodies
                 for message in body["messages"]} == {"system", "user"}
@@ -199,6 +213,7 @@ def test_reference_may_be_a_file_of_annotations(files, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     ({}, "give either --model_outputs"),
     ({"model_outputs": "a.json", "annotations": "b.json"}, "give either --model_outputs"),
+    ({"annotations": "none.json", "max_undecided": 2.0}, "expected a share"),
     ({"annotations": "none.json"}, r"none\.json: no such file"),
 ])
 def test_bad_flags(flags, message):
@@ -235,13 +250,13 @@ def test_a_key_is_needed_for_openai(run_cli, files, tmp_path):
 @pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
                     reason="the recipe would install its requirements here")
-def test_recipe_from_model_to_win_rate(tiny_llama, tmp_path):
+def test_recipe_from_model_to_win_rate(tiny_llama, warm_venv, tmp_path):
     """The shell recipe generates, asks a local server, and prints the win rate."""
     reference = answers(tmp_path / "reference.json", ["x"] * 2, "davinci")
     with FaultServer(answer=lambda text: "M") as server:
         variables = {"ANNOTATOR": "local", "JUDGE_MODEL": "tiny", "BASE_URL": server.url,
                      "OUTPUTS": str(tmp_path / "mine.json"), "PROMPTS": reference,
-                     "REFERENCE": reference, "MAX_NEW_TOKENS": "4", "VENV": sys.prefix}
+                     "REFERENCE": reference, "MAX_NEW_TOKENS": "4", "VENV": str(warm_venv)}
         done = subprocess.run(["bash", "scripts/evaluate_alpaca.sh", str(tiny_llama)], cwd=ROOT,
                               env={**os.environ, **variables}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

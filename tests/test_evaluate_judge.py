@@ -42,8 +42,10 @@ def test_pairs_of_each_schema(tmp_path, capsys):
     song = {"context": "User: Sing.", "chosen": "La la.", "rejected": "No."}
     assert read_pairs(write(tmp_path / "own", OWN, song, {**song, "principle": "honesty"}),
                       plain) == [song, song, {**song, "principle": "honesty"}]
-    assert read_pairs(write(tmp_path / "hh", HH, {**HH, "rejected": HH["chosen"]}), plain) == [
-        {"context": "User: Hi", "chosen": "Hello.", "rejected": "No."}]
+    hh = write(tmp_path / "hh", HH, {**HH, "rejected": HH["chosen"]})
+    for templates in (plain, by_principle):  # without one of their own, all principles vote
+        assert read_pairs(hh, templates) == [
+            {"context": "User: Hi", "chosen": "Hello.", "rejected": "No."}]
     assert "1 of 2 records hold no pair" in capsys.readouterr().out
     uf = write(tmp_path / "uf", UF)
     assert read_pairs(uf, plain) == [song]

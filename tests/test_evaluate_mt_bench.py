@@ -160,7 +160,7 @@ def test_bad_input_is_one_line(flags, tmp_path, run_cli):
 @pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
                     reason="the recipe would install its requirements here")
-def test_recipe_from_model_to_scores(tiny_llama, tmp_path):
+def test_recipe_from_model_to_scores(tiny_llama, warm_venv, tmp_path):
     """MT-Bench and VicunaEval by one command, on answers that are there with its own settings."""
     questions, out = tmp_path / "question.jsonl", tmp_path / "out"
     questions.write_text("".join(json.dumps({key: record[key] for key in (
@@ -176,7 +176,7 @@ def test_recipe_from_model_to_scores(tiny_llama, tmp_path):
         variables = {"JUDGE": "tiny", "BASE_URL": server.url, "OUT": str(out),
                      "MT_BENCH": str(questions), "VICUNA": str(questions), "REFERENCES": "",
                      "LIMIT": "2", "MAX_NEW_TOKENS": "4", "SFT": str(tiny_llama),
-                     "VENV": sys.prefix}
+                     "VENV": str(warm_venv)}
         done = subprocess.run(
             ["bash", "scripts/evaluate_dialogues.sh", str(tiny_llama)], cwd=ROOT,
             env={**os.environ, **variables}, capture_output=True, text=True)

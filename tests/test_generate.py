@@ -13,6 +13,7 @@ import torch
 from fault_server import FaultServer
 
 import lm.generation
+from lm.journal import open_journal
 from lm.models import add_lora, load_model
 from lm.records import InputError, write_json
 from scripts import generate
@@ -48,7 +49,7 @@ def test_output_has_alpaca_evals_fields(tiny_llama, tmp_path):
     assert first["output"] != "old" and first["output"] == first["output"].strip()
     assert second["instruction"] == "Sing." and second["id"] == "x"
     assert second["dataset"] == "helpful_base"
-    assert not list(output.parent.glob("*.partial.jsonl"))
+    assert not list(output.parent.glob("*.responses.?.jsonl"))
 
 
 def test_killed_run_goes_on_where_it_was(tiny_llama, prompts, tmp_path, monkeypatch, capsys):
@@ -58,7 +59,7 @@ def test_killed_run_goes_on_where_it_was(tiny_llama, prompts, tmp_path, monkeypa
     generate.main(str(tiny_llama), output_path=str(reference), **flags)
     finished = kill_after_responses(3, output, tiny_llama, flags)
     assert not output.exists()  # the final file is whole or absent
-    with open(generate.partial_file(output), "a") as file:
+    with open(generate.journal_file(output), "a") as file:
         file.write('{"index": 5, "outp')  # what a kill in the middle of a line leaves
 
     asked = record_prompts(monkeypatch)
@@ -77,14 +78,14 @@ def kill_after_responses(count: int, output: Path, model: Path, flags: dict) -> 
                *(f"--{name}={value}" for name, value in flags.items())]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)
-    partial = generate.partial_file(output)
+    journal = generate.journal_file(output)
     deadline = time.monotonic() + 120
-    while not partial.exists() or partial.read_bytes().count(b"\n") < count + 1:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count + 1:
         assert process.poll() is None and time.monotonic() < deadline, "ended before the kill"
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    lines = [json.loads(line) for line in partial.read_text().split("\n")[1:-1]]
+    lines = [json.loads(line) for line in journal.read_text().split("\n")[1:-1]]
     assert count <= len(lines) < 12
     return {line["index"] for line in lines}
 
@@ -111,11 +112,46 @@ def test_finished_output_is_reused_or_defended(tiny_llama, prompts, tmp_path, mo
     assert not asked and "already there" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"\(max_new_tokens was 5, is 6\); .*--overwrite"):
         generate.main(str(tiny_llama), max_new_tokens=6, **flags)
+    write_json(tmp_path / "others.json", [{"instruction": "Sing."}])
+    with pytest.raises(InputError, match=r"\(prompts was '\w+', is '\w+'\); .*--overwrite"):
+        generate.main(str(tiny_llama), max_new_tokens=5,
+                      **flags | {"data_path": str(tmp_path / "others.json")})
     generate.main(str(tiny_llama), max_new_tokens=6, overwrite=True, **flags)
     assert len(asked) == 3 == len(read(output))
-    generate.settings_file(output).unlink()  # now it could be anyone's
+    generate.settings_file(output).unlink()
+    generate.journal_file(output).unlink()  # now it could be anyone's
     with pytest.raises(InputError, match="not known to be made by this script"):
         generate.main(str(tiny_llama), max_new_tokens=6, **flags)
+
+
+def test_only_new_prompts_are_answered_wherever_the_others_stand(tiny_llama, tmp_path, monkeypatch):
+    """Added, removed, moved; a prompt that is there three times gets three different samples."""
+    data, output = tmp_path / "data.json", tmp_path / "out.json"
+    flags = {"data_path": str(data), "output_path": str(output), "max_new_tokens": 20,
+             "temperature": 1.0}
+    asked, found = record_prompts(monkeypatch), []
+    for prompts in ("ABAC", "CDAAAB", "CDAAAB"):
+        write_json(data, [{"instruction": f"Name {word} cats.", "id": place}
+                          for place, word in enumerate(prompts)])
+        generate.main(str(tiny_llama), **flags)
+        found.append([record["output"] for record in read(output)])
+    assert asked == [0, 1, 2, 3, 1, 4]
+    before, after, again = found
+    assert after == [before[3], after[1], before[2], before[0], after[4], before[1]]
+    assert len(set(after)) == 6 and again == after
+    assert [record["id"] for record in read(output)] == list(range(6))
+
+
+def test_a_second_run_on_an_output_is_told_so(tiny_llama, prompts, tmp_path):
+    flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), "limit": 1,
+             "max_new_tokens": 3}
+    file, _ = open_journal(generate.journal_file(tmp_path / "out.json"), {"seed": 5})
+    with file:
+        for change in ({}, {"overwrite": True}):
+            with pytest.raises(InputError, match=r"out\.json.*: another run is writing it; the "
+                                                 "same command goes on"):
+                generate.main(str(tiny_llama), **flags, **change)
+    generate.main(str(tiny_llama), **flags)
 
 
 def test_the_budget_counts_failed_requests_of_earlier_runs_too(prompts, tmp_path):
@@ -133,12 +169,12 @@ def test_the_budget_counts_failed_requests_of_earlier_runs_too(prompts, tmp_path
     assert [record["output"] for record in read(tmp_path / "out.json")] == ["perfect"] * 2
 
 
-def test_partial_of_other_settings_is_an_error(tiny_llama, prompts, tmp_path):
+def test_journal_of_other_settings_is_an_error(tiny_llama, prompts, tmp_path):
     output = tmp_path / "out.json"
-    generate.partial_file(output).write_text('{"seed": 5}\n{"index": 0, "output": "keep"}\n')
+    generate.journal_file(output).write_text('{"seed": 5}\n{"index": 0, "output": "keep"}\n')
     with pytest.raises(InputError, match=r"seed was 5, is 0"):
         generate.main(str(tiny_llama), data_path=str(prompts), output_path=str(output))
-    assert "keep" in generate.partial_file(output).read_text()
+    assert "keep" in generate.journal_file(output).read_text()
 
 
 def test_kill_before_the_last_rename_loses_nothing(tiny_llama, prompts, tmp_path, monkeypatch):
@@ -163,22 +199,20 @@ def test_any_number_of_processes_goes_on_where_another_number_was_stopped(
     flags = {"data_path": str(prompts), "max_new_tokens": 5}
     reference, output = tmp_path / "reference.json", tmp_path / "out.json"
     generate.main(str(tiny_llama), output_path=str(reference), **flags)
-    settings = json.loads(generate.settings_file(reference).read_text())
+    settings, *lines = generate.journal_file(reference).read_text().splitlines()
+    of_index = {json.loads(line)["index"]: line for line in lines}
     for place, indices in enumerate([(0, 4), (7,), (8,)]):
-        lines = [{"index": index, "output": read(reference)[index]["output"],
-                  "finish_reason": "stop"} for index in indices]
-        generate.partial_file(output, place).write_text(
-            "".join(json.dumps(line) + "\n" for line in [settings, *lines]))
-    with open(generate.partial_file(output, 2), "a") as file:
+        generate.journal_file(output, place).write_text("".join(
+            f"{line}\n" for line in [settings, *(of_index[index] for index in indices)]))
+    with open(generate.journal_file(output, 2), "a") as file:
         file.write('{"index": 11, "outp')
     asked = record_prompts(monkeypatch)
     generate.main(str(tiny_llama), output_path=str(output), **flags)
     assert set(asked) == set(range(12)) - {0, 4, 7, 8} and len(asked) == 8
-    assert read(output) == read(reference) and not generate.partial_files(output)
-
-    generate.partial_file(output, 1).write_text("left by a kill just before the end")
+    assert read(output) == read(reference)
+    assert generate.journal_files(output) == [generate.journal_file(output)]
     generate.main(str(tiny_llama), output_path=str(output), **flags)
-    assert len(asked) == 8 and not generate.partial_files(output)
+    assert len(asked) == 8
 
 
 def test_shares_hold_each_prompt_once_and_are_of_like_length():
@@ -190,18 +224,19 @@ def test_shares_hold_each_prompt_once_and_are_of_like_length():
 
 
 @pytest.mark.xdist_group("processes")
-def test_two_processes_give_what_one_gives(tiny_llama, prompts, tmp_path):
+def test_two_processes_give_what_one_gives(tiny_llama, prompts, warm_venv, tmp_path):
     flags = {"data_path": str(prompts), "max_new_tokens": 30, "temperature": 1.0}
     reference, output = tmp_path / "reference.json", tmp_path / "out.json"
     generate.main(str(tiny_llama), output_path=str(reference), **flags)
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        [warm_venv / "bin/torchrun", "--standalone", "--nproc_per_node=2",
          "scripts/generate.py", "--base_model_name_or_path", str(tiny_llama),
          "--output_path", str(output), *(f"--{name}={value}" for name, value in flags.items())],
         cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("12 responses") == 1 and "processes: 2" in result.stdout
-    assert read(output) == read(reference) and not generate.partial_files(output)
+    assert read(output) == read(reference)
+    assert generate.journal_files(output) == [generate.journal_file(output)]
 
 
 def test_a_launcher_is_refused_where_one_process_asks_for_all(tiny_llama, prompts, tmp_path,
@@ -238,8 +273,8 @@ def test_adapter_answers_and_output_goes_beside_it(tiny_llama, prompts, tmp_path
 
 def test_templates_are_texts_and_chat_is_a_message():
     records = [{"instruction": "hi"}, {"instruction": "ho"}]
-    assert generate.prompts_of(records, "chat", [1]) == {1: [{"role": "user", "content": "ho"}]}
-    assert "### Instruction:\nhi\n" in generate.prompts_of(records, "alpaca", [0])[0]
+    assert generate.prompts_of(records, "chat")[1] == [{"role": "user", "content": "ho"}]
+    assert "### Instruction:\nhi\n" in generate.prompts_of(records, "alpaca")[0]
 
 
 @pytest.mark.parametrize(("change", "message"), [

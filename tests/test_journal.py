@@ -1,8 +1,11 @@
 """Journals: what is finished stays, what is not does not. Run: pytest tests/test_journal.py -n0"""
 
+import doctest
+
 import pytest
 
-from lm.journal import append, open_journal, read_journal
+import lm.journal
+from lm.journal import append, by_content, discard, open_journal, read_journal
 from lm.records import InputError
 
 
@@ -40,3 +43,47 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         file.write("{broken\n")
     with pytest.raises(InputError, match=r"j\.jsonl: line 3: broken JSON .*delete that line"):
         open_journal(path, {"seed": 1})
+
+
+def test_docstring_examples():
+    failed, attempted = doctest.testmod(lm.journal)
+    assert not failed and attempted
+
+
+def test_one_run_at_a_time(tmp_path):
+    path = tmp_path / "j.jsonl"
+    discard(path)  # there is none
+    file, _ = open_journal(path, {"seed": 1})
+    with file:
+        append(file, {"index": 0})
+        for other in (lambda: open_journal(path, {"seed": 1}), lambda: discard(path)):
+            with pytest.raises(InputError, match=r"j\.jsonl: another run is writing it"):
+                other()
+    write(path, {"index": 1})
+    assert read_journal(path, {"seed": 1}) == [{"index": 0}, {"index": 1}]
+    with pytest.raises(InputError, match="seed was 1, is 2"):
+        open_journal(path, {"seed": 2})
+    discard(path)  # what was refused holds no lock
+    assert not path.exists()
+
+
+def lines(*found: tuple[str, int]) -> list[dict]:
+    return [{"content": content, "index": index} for content, index in found]
+
+
+def test_lines_count_for_their_content_wherever_it_stands():
+    found = by_content(lines(("a", 0), ("b", 1), ("a", 2)), ["c", "a", "b"])
+    assert found == {1: {"content": "a", "index": 0}, 2: {"content": "b", "index": 1}}
+
+
+def test_of_two_lines_about_the_same_place_the_later_counts():
+    assert by_content([*lines(("a", 0)), {"content": "a", "index": 0, "output": "later"}],
+                      ["a", "a"]) == {0: {"content": "a", "index": 0, "output": "later"}}
+
+
+def test_no_place_is_left_to_ask_for_a_sample_that_is_there_already():
+    """Samples follow from places: the line of place 2 stays there, and place 0 is asked for."""
+    assert by_content(lines(("a", 2)), ["a", "b", "a"]) == {2: {"content": "a", "index": 2}}
+    kept = lines(("a", 5), ("a", 1))
+    found = by_content(kept, ["a"] * 4)
+    assert found == {0: kept[0], 1: kept[1]}  # 2 and 3 are drawn by no line

@@ -276,6 +276,10 @@ def test_cut_prompts_are_told_and_still_judged(llama, tokenizer):
     long = Pair("User: " + "seven cats " * 100, TEXTS[0], TEXTS[2])
     found = judge_pairs(llama, tokenizer, [PAIRS[0], long], TEMPLATE, max_length=120)
     assert [judged.cut for judged in found] == [False, True]
+    texts = columns([PAIRS[0], long])
+    kept, dropped = (get_batch_judgments(llama, tokenizer, *texts, TEMPLATE, max_length=120,
+                                         cut=cut) for cut in ("keep", "drop"))
+    assert kept == [judged.winner for judged in found] and dropped == [kept[0], None]
     close(numbers(found), plain(llama, tokenizer, [PAIRS[0], long], {"default": TEMPLATE}, 120))
 
 
@@ -352,7 +356,7 @@ def test_given_token_ids_are_used(llama, tokenizer):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"contexts": ["c"]}, "1 contexts, 2 responses_a and 2 responses_b"),
-    ({"ties": "A"}, "ties is 'A'; expected keep or drop"),
+    ({"ties": "A"}, "ties is 'A'; expected keep or drop"), ({"cut": "A"}, "cut is 'A'; expected"),
     ({"judge_templates": {}}, "judge_templates is empty"),
     ({"judge_templates": "no fields"}, r"'default' has \{context\} 0 times"),
 ])

@@ -340,6 +340,7 @@ def test_dpo_by_its_equation(tiny_llama, tokenizer, tmp_path, monkeypatch):
     ([GOOD, {**BAD, "score": 2}], {"objective": "dpo"}, "--objective dpo finds nothing to learn"),
     ([GOOD], {"objective": "cut"}, "no record has a negative judgment"),
     (RECORDS, {"objective": "mle", "visualize": 1}, "--visualize shows what CUT flags"),
+    (RECORDS, {"objective": "dpo", "group_by_length": True}, "not for --objective dpo"),
     (RECORDS, {"objective": "dpo", "beta": -1}, "--beta is -1; expected 0 or more"),
 ])
 def test_what_cannot_be_trained_is_one_line(records, flags, message, tiny_llama, tmp_path):

@@ -24,9 +24,10 @@ import pytest
 import yaml
 from fault_server import FaultServer
 
-from cut.online import audit, digest, in_order
+from cut.online import audit, in_order
 from lm.cli import _reject_unknown_flags
 from lm.records import InputError, read_records, write_json
+from lm.stages import digest
 from scripts import online, online_stages, plot_online
 from scripts.make_sample_data import make_instructions
 
@@ -163,12 +164,14 @@ def test_finished_stages_are_skipped_and_a_used_model_may_be_gone(finished, sett
                                                                   in_process, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(folder / "round1/model")
+    (folder / "round2/answers.json").unlink()
     # What changes no result may change.
     online.main(**settings | {"output_dir": str(folder), "gpus": 2, "max_positive": 0.9,
                               "generate_settings": "batch_tokens=64"})
     assert in_process == [] and manifests(folder) == manifests(finished)
     printed = capsys.readouterr().out
-    assert printed.count(" is done\n") == 13
+    assert printed.count(" is done\n") == 11 and printed.count(" is done; gone since: ") == 2
+    assert f"round1: merge is done; gone since: {folder}/round1/model\n" in printed
     rows = re.findall(r"^[012] .*", printed, re.M)
     assert len(rows) == 3 and all("2 of 2" in row for row in rows[1:])
 
@@ -217,10 +220,41 @@ def test_changed_settings_and_inputs_are_told(finished, settings, tmp_path, in_p
     with pytest.raises(InputError, match=r"\(instructions was 'org/old', is 'org/new'\)"):
         online.main(**flags | {"instructions": "org/new"})
     write_json(folder / "online.json", record)
+    made = (folder / "round1/responses.json").read_text()
     (folder / "round1/responses.json").write_text("[]")
-    with pytest.raises(InputError, match=r"round1/manifests/annotate.json: .*responses was"):
+    with pytest.raises(InputError, match=r"round1/manifests/generate.json: .*responses.json is not "
+                                         "what this stage made; put that back, or delete"):
+        online.main(**flags)
+    (folder / "round1/responses.json").write_text(made)
+    (folder / "round1/judged.json").unlink()  # training is still to come
+    with pytest.raises(InputError, match=r"round1/manifests/train.json: judgments .*judged.json "
+                                         "is gone; delete the manifest of the stage that made it"):
         online.main(**flags)
     assert in_process == []
+    (folder / "round1/manifests/annotate.json").unlink()
+    flags = checked(flags)
+    online_stages.judge(flags, 1)
+    assert manifests(folder)["round1 annotate"] == manifests(finished)["round1 annotate"]
+    assert in_process  # its script was run again
+
+
+@pytest.mark.parametrize(("changed", "name"), [("tokenizer.json", "model"),
+                                               ("template.json", "template_text")])
+def test_another_tokenizer_or_template_is_noticed(changed, name, settings, tiny_llama, tmp_path,
+                                                  monkeypatch):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    template = tmp_path / "template.json"
+    template.write_text((ROOT / "configs/templates/alpaca.json").read_text())
+    flags = checked(settings, output_dir=str(tmp_path / "run"), model=str(model),
+                    template=str(template))
+    write_json(tmp_path / "run/round1/instructions.jsonl", records(1))
+    monkeypatch.setattr(online_stages, "answer", lambda *given: write_json(given[4], [
+        {"output": "La."}]))
+    online_stages.respond(flags, 1, str(model))
+    path = template if changed == "template.json" else model / changed
+    path.write_text(path.read_text().replace("### R", "### Your r").replace(" t", " d"))
+    with pytest.raises(InputError, match=rf"\({name} was '\w+', is '\w+'\)"):
+        online_stages.respond(flags, 1, str(model))
 
 
 def test_a_stage_that_stops_stops_the_loop_in_one_line(finished, settings, tmp_path, in_process):
@@ -291,6 +325,54 @@ def test_audit_stops_a_judge_that_contradicts_itself(settings, tmp_path, in_proc
     assert not (folder / "round1/adapter").exists()
 
 
+def test_a_rounds_budget_holds_for_judgments_that_are_asked_for_twice_too(settings, tmp_path,
+                                                                         in_process, monkeypatch):
+    """Six judgments and two repeats: 7 requests are not enough, 8 are; nothing is asked thrice."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+
+    def judge(text: str) -> str:
+        good = hashlib.sha256(text.encode()).digest()[0] % 2
+        return "perfect" if good else "It is wrong."
+
+    flags = settings | {"output_dir": str(tmp_path / "run"), "judge": "server",
+                        "judge_model": "gpt-4", "min_positive": 0.0, "max_positive": 1.0}
+    with FaultServer(answer=judge) as server:
+        of_server = f"base_url={server.url} cache= concurrency=1"
+        checked_flags = checked(flags)
+        folder = online_stages.folder_of(checked_flags, 1)
+        write_json(folder / "responses.json", [
+            {"instruction": f"Q{number}.", "output": "A."} for number in range(6)])
+        for limit, message in ((6, "max_requests=6 is spent, and some judgments are to be asked"),
+                               (7, "annotate.py stopped with exit code 2")):
+            with pytest.raises(InputError, match=message):
+                online_stages.judge(checked(flags, judge_settings=f"{of_server} "
+                                            f"max_requests={limit}"), 1)
+        counts = online_stages.judge(checked(
+            flags, judge_settings=f"{of_server} max_requests=8"), 1)["counts"]
+        assert len(server.asked) == 8 and counts["repeats"] == counts["alike"] == 2
+
+
+def test_a_win_rate_of_few_pairs_stops_the_round(settings, tmp_path, in_process, monkeypatch):
+    """One of three judgments cannot be read; the limit may then be raised."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    prompts = [{"instruction": f"Say {word}.", "output": word, "generator": "davinci"}
+               for word in ("one", "two", "three")]
+    write_json(tmp_path / "reference.json", prompts)
+    with FaultServer(answer=lambda text: "?" if "Say two." in text else "M") as server:
+        common = (f"base_url={server.url} judge_model=tiny "
+                  f"reference_outputs={tmp_path / 'reference.json'}")
+        flags = settings | {"output_dir": str(tmp_path / "run"), "annotator": "local",
+                            "eval_prompts": str(tmp_path / "reference.json")}
+        with pytest.raises(InputError, match=r"evaluate_alpaca.py stopped with exit code 1"):
+            online_stages.evaluate(checked(flags, evaluate_settings=common), 0, settings["model"])
+        counts = online_stages.evaluate(checked(
+            flags, evaluate_settings=f"{common} max_undecided=0.4"), 0, settings["model"])["counts"]
+    assert counts["undecided"] == 1
+    write_json(tmp_path / "reference.json", prompts[::-1])
+    with pytest.raises(InputError, match="reference was"):
+        online_stages.evaluate(checked(flags, evaluate_settings=common), 0, settings["model"])
+
+
 def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_process,
                                                         monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -314,6 +396,7 @@ def test_the_weights_of_a_local_judge_are_an_input(settings, tiny_llama, tmp_pat
     flags = checked(settings, output_dir=str(tmp_path / "run"), judge="local",
                     judge_model=str(judge), repeats=0)
     monkeypatch.setattr(online_stages, "ask", lambda *_: {**COUNTS})
+    write_json(tmp_path / "run/round1/responses.json", records(1))
     online_stages.judge(flags, 1)
     (judge / "model.safetensors").write_bytes(b"other")
     with pytest.raises(InputError, match="judge_weights was"):

@@ -351,6 +351,8 @@ def test_records_for_sft_only_have_no_judgments():
     templates = load_templates(SECTION)
     assert [e["kind"] for e in jsft_examples(found, templates)] == ["sft", *["judgment"] * 2]
     assert [e["kind"] for e in jsft_examples(found, templates, sft_only=True)] == ["sft"]
+    assert [e["kind"] for e in jsft_examples(found, templates, wanted="sft")] == ["sft"]
+    assert [e["kind"] for e in jsft_examples(found, templates, wanted="judge")] == ["judgment"] * 2
 
 
 # --- rows -----------------------------------------------------------------------------------
@@ -632,6 +634,16 @@ def test_a_principle_that_is_never_rated_gives_no_pairs_but_no_error(tmp_path):
     section = {**SECTION, "judge": {"honesty": user, "truthfulness": user}}
     pairs = judge_pairs_of(config(write(tmp_path / "a.jsonl", records), section), "train")
     assert [pair["principle"] for pair in pairs] == ["honesty"]
+
+
+def test_answers_alone_need_no_ratings_by_principle(tmp_path):
+    """A demonstration, whose one rating is no principle's, and a record of two dialogues."""
+    file = write(tmp_path / "a.jsonl", [uf(completion("a", self_judgment="1")), *hh_records(1)])
+    given = config(file, WITH_PRINCIPLES)
+    with pytest.raises(InputError, match="has no ratings by principle"):
+        jsft_rows(given, base()[0])
+    given.jsft_args["examples"] = "sft"
+    assert jsft_rows(given, base()[0])["kind"] == ["sft", "sft"]
 
 
 def test_self_judge_rows_are_texts(tmp_path):

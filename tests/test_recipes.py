@@ -1,12 +1,14 @@
 """The shell recipes, from their first to their last line, on the sample data.
 
-On a tiny model, and the offline one on the embedded model too, as its header offers it.
+On a tiny model, in an environment whose processes start at once; and the offline one on the
+embedded model too, as its header offers it, in the environment itself.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,20 @@ pytestmark = [
                               "bash scripts/test.sh, which did so")]
 
 
-def run_recipe(*words: str, **variables: object) -> str:
-    """Run a recipe with these environment variables; its output."""
-    environment = {**os.environ, **{key: str(value) for key, value in variables.items()},
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", *words], cwd=ROOT, env=environment, capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@pytest.fixture
+def run_recipe(warm_venv) -> Callable[..., str]:
+    """Run a recipe with some environment variables; its output."""
+
+    def run(*words: str, **variables: object) -> str:
+        environment = {**os.environ, "VENV": str(warm_venv),
+                       **{key: str(value) for key, value in variables.items()},
+                       "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        result = subprocess.run(["bash", *words], cwd=ROOT, env=environment, capture_output=True,
+                                text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.fixture
@@ -44,14 +52,14 @@ def prompts(tmp_path) -> Path:
 @pytest.mark.parametrize(("recipe", "folder"), [
     (["scripts/cut_offline.sh"], "."),
     (["scripts/cut_online_iter.sh", "1", "scripts/cut_online_iter.sh", "2"], "round2")])
-def test_paper_recipe(recipe, folder, tiny_llama, prompts, tmp_path):
+def test_paper_recipe(run_recipe, recipe, folder, tiny_llama, prompts, tmp_path):
     """The offline recipe; two rounds of the online one, the second on the first one's model."""
     out = tmp_path / folder
     for words in (recipe[:2], recipe[2:]):
         if words:
             run_recipe(*words, BASE_MODEL=tiny_llama, DATA="data/sample/train.jsonl", GPUS=1,
                        OUT=tmp_path, ROUNDS=tmp_path, PROMPTS=prompts, MAX_STEPS=2,
-                       MAX_NEW_TOKENS=4, VENV=sys.prefix)
+                       MAX_NEW_TOKENS=4)
     settings = json.loads((out / "adapter/run.json").read_text())["settings"]
     if folder == "round2":
         assert settings["base_model"] == str(tmp_path / "round1/model")
@@ -60,7 +68,7 @@ def test_paper_recipe(recipe, folder, tiny_llama, prompts, tmp_path):
     assert len(answers) == 3 and set(answers[0]) >= {"instruction", "output", "generator"}
 
 
-def test_paper_recipe_with_the_embedded_model(embedded_model, prompts, tmp_path):
+def test_paper_recipe_with_the_embedded_model(run_recipe, embedded_model, prompts, tmp_path):
     """As its header says under Small; two sentences long, so that seconds are enough."""
     first = prompts.read_text().splitlines()[0]
     prompts.write_text(first + "\n")
@@ -100,11 +108,11 @@ def test_offline_recipe_never_takes_one_set_for_another(data, sets, tmp_path):
         data, [data] if sets else [])
 
 
-def test_ai_judge_recipe(tiny_llama, tmp_path):
+def test_ai_judge_recipe(run_recipe, tiny_llama, tmp_path):
     """A judge is trained on judgments and measured on others, however little it has learnt."""
     printed = run_recipe("scripts/train_ai_judge.sh", BASE_MODEL=tiny_llama,
                          DATA="data/sample/train.jsonl", GPUS=1, OUT=tmp_path, LIMIT=16, HELD_OUT=4,
-                         MAX_STEPS=2, MAX_NEW_TOKENS=4, VENV=sys.prefix)
+                         MAX_STEPS=2, MAX_NEW_TOKENS=4)
     assert "judgments that could be read" in printed and f"judge: {tmp_path}/model" in printed
     run = json.loads((tmp_path / "adapter/run.json").read_text())
     assert run["steps"] == 2 and run["counts"]["positives"] == 16 == run["counts"]["records"]
@@ -137,14 +145,14 @@ def rated_by_principle(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize(("recipe", "name", "data", "judges"), [
     ("hh", "self-judge-hh", dialogues, ["default"]),
     ("uf", "self-judge-uf-pr", rated_by_principle, PRINCIPLES)])
-def test_self_judge_recipe(recipe, name, data, judges, prompts, tmp_path):
+def test_self_judge_recipe(run_recipe, recipe, name, data, judges, prompts, tmp_path):
     """From a base model to its policy's answers, greedy and by tournament."""
     base, out = save_tiny_judge(tmp_path / "base"), tmp_path / "out"
     config = json.loads((base / "config.json").read_text())  # the published max_length fits in
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     run_recipe(f"scripts/self_judge_{recipe}.sh", **data(tmp_path), BASE_MODEL=base, OUT=out,
                GPUS=1, ACCUMULATION=1, MAX_STEPS=2, MAX_NEW_TOKENS=4, NUM_SAMPLES=4, NESTED="1,2",
-               LOAD_IN="fp32", PROMPTS=prompts, VENV=sys.prefix)
+               LOAD_IN="fp32", PROMPTS=prompts)
     jsft, trained = (json.loads((out / folder / "run.json").read_text())
                      for folder in ("jsft", "self_judge"))
     assert jsft["steps"] == trained["steps"] == 2
@@ -165,10 +173,10 @@ def test_self_judge_recipe(recipe, name, data, judges, prompts, tmp_path):
         assert len(answers) == 3 and {answer["generator"] for answer in answers} == {generator}
 
 
-def test_quickstart_and_again(tiny_llama, prompts, tmp_path):
+def test_quickstart_and_again(run_recipe, tiny_llama, prompts, tmp_path):
     """The newcomer's command; typed again it trains and generates nothing anew."""
     out = tmp_path / "out"
-    variables = {"MODEL": tiny_llama, "OUT": out, "PROMPTS": prompts, "VENV": sys.prefix}
+    variables = {"MODEL": tiny_llama, "OUT": out, "PROMPTS": prompts}
     printed = run_recipe("scripts/quickstart.sh", **variables)
     assert "everything is in" in printed and (out / "loss.png").stat().st_size > 10_000
     results = json.loads((out / "results.json").read_text())
@@ -180,7 +188,7 @@ def test_quickstart_and_again(tiny_llama, prompts, tmp_path):
     assert adapter.stat().st_mtime_ns == before
 
 
-def test_self_judge_quickstart_and_again(tmp_path):
+def test_self_judge_quickstart_and_again(run_recipe, tmp_path):
     """The second newcomer's command; typed again it trains, samples and judges nothing anew."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
@@ -188,7 +196,7 @@ def test_self_judge_quickstart_and_again(tmp_path):
         lines = path.read_text().splitlines()[:4]
         (data / path.name).write_text("\n".join(lines) + "\n")
     variables = {"MODEL": save_tiny_judge(tmp_path / "model"), "OUT": out, "DATA": data,
-                 "JSFT_STEPS": 1, "SELF_JUDGE_STEPS": 1, "MAX_NEW_TOKENS": 4, "VENV": sys.prefix}
+                 "JSFT_STEPS": 1, "SELF_JUDGE_STEPS": 1, "MAX_NEW_TOKENS": 4}
     printed = run_recipe("scripts/self_judge_quickstart.sh", **variables)
     assert "JSFT, best of 8 samples" in printed and "everything is in" in printed
     assert (out / "self_judge.png").stat().st_size > 10_000

@@ -97,6 +97,10 @@ def results(tmp_path_factory) -> Path:
     write(root / "online/online.json", {"rounds": [
         {"round": 0, "measure": "constraints satisfied, %", "score": 45.0, "low": 33.0,
          "high": 58.0, "seconds": 60, "cost": 0.0, "stages": {}}]})
+    evaluate_alpaca.main(
+        annotations=write(scratch / "lost.json", [{"preference": 2.0}] * 6 + [
+            {"preference": None}] * 4), max_undecided=0.5,
+        output_dir=str(root / "llama2-7b-chat/alpaca_eval/alpaca_eval_gpt4"))
     figure = (root / "odd name" / "rise (1).png")
     figure.parent.mkdir()
     figure.write_bytes(b"\x89PNG and so on")
@@ -123,7 +127,9 @@ def test_ours_stand_beside_the_papers_figures(page):
     assert row(page, "SELF-JUDGE") == ["44.88", "missing", "76.25", "50.00 (1 of 80)", "4.80",
                                        "6.00 (2 of 160)"]
     assert row(page, "plain") == ["80.50", "75.00"]
-    assert row(page, "without Align-P in L2") == ["-", "missing", "26.37", "missing"]
+    assert row(page, "LLaMA2-chat-7b") == ["71.40", "100.00 (10 of 805, 40 % undecided)"]
+    assert row(page, "without Align-P in L2") == ["26.37", "missing"]
+    assert row(page, "ratio 0") == ["-", "missing"]
 
 
 def test_all_that_was_found_is_there(page, results):
@@ -189,6 +195,17 @@ def test_the_commands_for_missing_numbers_exist(tmp_path):
         assert words[0] in ("python", "bash") and (ROOT / words[1]).is_file(), command
         if words[0] == "python":
             _reject_unknown_flags(scripts[Path(words[1]).stem].main, words[2:])
+
+
+def test_the_model_that_vicuna_eval_compares_with_is_made_by_a_recipe(tmp_path):
+    """Before the rows that are compared with it."""
+    lines = list(paper_tables(tmp_path))
+    recipes = {f"{tmp_path}/{row['run']}/{'model'}": row["recipe"] for listed in TABLES
+               for row in listed["rows"] if "recipe" in row and "model" not in row}
+    baselines = {word.removeprefix("SFT="): place for place, line in reversed([*enumerate(lines)])
+                 for word in line.split() if word.startswith("SFT=")}
+    assert baselines
+    assert all(lines.index(recipes[model]) < place for model, place in baselines.items())
 
 
 def test_weights_that_are_there_are_not_made_again(tmp_path):

@@ -7,6 +7,7 @@ The judge here is a script, except where a test says so; the real one has tests 
 
 import doctest
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from conftest import ROOT
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 import self_judge.inputs
 import self_judge.metrics
@@ -105,6 +107,13 @@ def steps(trainer):
     """The log lines of the steps; trains first."""
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def steps_and_evaluation(trainer):
+    """The same, and at last the log line of an evaluation."""
+    log = steps(trainer)
+    trainer.evaluate()
+    return [*log, trainer.state.log_history[-1]]
 
 
 def first_batch(trainer, queries=4):
@@ -465,6 +474,83 @@ def test_evaluation_scores_the_given_pairs_and_samples_nothing(make, script):
     assert trainer.evaluate(ROWS[3:5])["eval_loss"] != metrics["eval_loss"]  # rows given late
 
 
+# --- offline: pairs that are given -----------------------------------------------------------
+
+GIVEN = [{**row, "chosen": f" on the mat {index}", "rejected": " and then" * (1 + index % 4)}
+         for index, row in enumerate(ROWS)]
+OFFLINE = {"pairs": "given", "judge_templates": None, "train_dataset": GIVEN,
+           "eval_dataset": GIVEN[:5]}
+
+
+def test_offline_training_is_trls_own_dpo(make, script, tiny_llama, tmp_path):
+    """trl tokenizes the same texts itself: losses, gradients and adapter agree over an epoch."""
+    from datasets import Dataset
+    args = {"num_train_epochs": 1, "max_steps": -1, "dataloader_drop_last": True,
+            "learning_rate": 1e-3, "max_length": 200}
+    ours = make(args | {"include_num_input_tokens_seen": "non_padding"}, **OFFLINE)
+    moved(ours.model)
+    theirs = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), args=arguments(tmp_path, **args),
+        train_dataset=Dataset.from_list([
+            {"prompt": row["query"], "chosen": row["chosen"], "rejected": row["rejected"]}
+            for row in GIVEN]),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama), peft_config=lora())
+    theirs.model.load_state_dict(ours.model.state_dict())
+    log, expected = steps(ours), steps(theirs)
+    assert not script() and len(log) == len(expected) == 2
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert [entry[name] for entry in log] == pytest.approx(
+            [entry[name] for entry in expected], rel=1e-4, abs=1e-5), name
+    assert ours.state.num_input_tokens_seen == expected[-1]["num_tokens"]
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_any_split_of_a_batch_gives_the_same_offline_training(make, script, monkeypatch):
+    """11 rows, so that the last step has three; whole or in parts; nothing is sampled or judged."""
+    seen, runs = script(), []
+    for micro, accumulation, budget in ((4, 1, 1000), (1, 4, 1000), (4, 1, 50)):
+        monkeypatch.setitem(on_policy.TOKENS_PER_FORWARD, "cpu", budget)
+        log = steps(make({"per_device_train_batch_size": micro, "max_steps": -1,
+                          "gradient_accumulation_steps": accumulation, "num_train_epochs": 1},
+                         **OFFLINE))
+        runs.append([[entry["loss"], entry["grad_norm"], entry["rewards/margins"],
+                      entry["logps/rejected"], entry["response_length/rejected"]]
+                     for entry in log])
+        assert len(log) == 3 and not any(name.startswith("judge") for name in log[0])
+    for other in runs[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(runs[0]), rtol=1e-3,
+                                   atol=1e-5)
+    assert not seen
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "every weight"])
+def test_offline_training_goes_on_to_the_same_bits(make, tmp_path, adapter):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    given = OFFLINE | ({} if adapter else {"peft_config": None})
+    whole, resumed = make(settings, **given), make(settings, **given)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
+    before = make(settings, **given).model.parameters()
+    for one, other, start in zip(whole.model.parameters(), resumed.model.parameters(), before,
+                                 strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, start) != one.requires_grad
+
+
+def test_given_pairs_are_cut_in_training_as_in_evaluation(make):
+    """A long query loses its start to leave room for a response, a longer response its end."""
+    row = {**GIVEN[0], "query": "the dog ran. " * 40, "chosen": "the mat " * 30}
+    trainer = make(max_length=60, max_new_tokens=20, **OFFLINE | {
+        "train_dataset": [row] * 4, "eval_dataset": [row]})
+    batch = first_batch(trainer)
+    expected = trainer.data_collator(list(trainer.eval_dataset))
+    assert batch["input_ids"].shape == (8, 60) and batch["completion_mask"][0].sum() == 20
+    for name in ("input_ids", "completion_mask"):
+        assert torch.equal(batch[name][[0, 4]], expected[name])
+
+
 def test_given_pairs_are_never_longer_than_the_models_context(make):
     """The tiny model's table ends at 1024 positions; max_length 2048 is the published default."""
     trainer = make(max_length=2048, eval_dataset=[{**ROWS[0], "chosen": "on the mat " * 600}])
@@ -504,12 +590,18 @@ def test_values_of_a_dpo_config_count_where_the_arguments_are_left_alone(tmp_pat
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"ties": "toss"}, "ties is 'toss'"), ({"judge": "gpt"}, "judge is 'gpt'"),
+    ({"pairs": "none"}, "pairs is 'none'; expected sampled or given"),
+    ({"pairs": "given", "train_dataset": [{"query": "a", "context": "b"}]},
+     "train rows lack chosen, rejected"),
     ({"judge_templates": None}, "judge_templates is missing"),
     ({"temperature": 0.0}, "temperature is 0"), ({"top_p": 0.0}, "top_p is 0"),
     ({"train_dataset": [{"query": "a"}]}, "train rows lack context; they have query"),
     ({"eval_dataset": [{"query": "a"}]}, "eval rows lack chosen, rejected"),
     ({"generation": {"engine": "tgi"}}, "engine is 'tgi'"),
-    ({"generation": {"tokens": 3}}, "tokens unknown to engine hf")])
+    ({"generation": {"tokens": 3}}, "tokens unknown to engine hf"),
+    ({"generation": {"engine": "vllm_server", "gpu_memory_utilisation": 0.3}},
+     "generation: unknown key 'gpu_memory_utilisation'; did you mean 'gpu_memory_utilization'"),
+    ({"generation": {"engine": "vllm_colocate", "top_p": 0.3}}, "unknown key 'top_p'")])
 def test_what_cannot_be_meant_is_one_line(make, settings, message):
     with pytest.raises(InputError, match=message) as error:
         make(**settings)
@@ -546,6 +638,8 @@ def test_vllm_gets_the_settings_and_its_ids_are_trained_on(make, script, monkeyp
     calls = []
 
     class Fake:
+        __signature__ = inspect.signature(VLLMGeneration)
+
         def __init__(self, model, accelerator, processing_class, **options):
             self.options = options
 
@@ -612,22 +706,23 @@ on_policy.TOKENS_PER_FORWARD["cpu"] = 100  # the processes' parts differ in numb
 on_policy.judge_pairs = lambda model, tokenizer, pairs, *rest, **options: [
     tests.judgment(pair, tie=tests.worth(pair.response_a) < 0.33) for pair in pairs]
 
-def make():
+def make(**settings):
     return module.SelfJudgeTrainer(
         tests.AutoModelForCausalLM.from_pretrained({model!r}),
         tokenizer=tests.AutoTokenizer.from_pretrained({model!r}),
         args=tests.arguments({out!r}, per_device_train_batch_size=2, gradient_accumulation_steps=1,
                              num_train_epochs=1, max_steps=-1, ddp_find_unused_parameters=False,
                              save_strategy="steps", save_steps=2),
-        train_dataset=tests.ROWS, judge_templates=tests.TEMPLATE, peft_config=tests.lora(),
-        max_length=200, **tests.FEW_ROUNDINGS)
+        **dict(train_dataset=tests.ROWS, judge_templates=tests.TEMPLATE) | settings,
+        peft_config=tests.lora(), max_length=200, **tests.FEW_ROUNDINGS)
 
 whole, resumed = make(), make()
 log = tests.steps(whole)
 resumed.train(resume_from_checkpoint={out!r} + "/checkpoint-2")
 last = [entry for entry in resumed.state.log_history if "loss" in entry][-1]
+offline = tests.steps_and_evaluation(make(**tests.OFFLINE))
 if whole.accelerator.is_main_process:
-    print("LOG" + json.dumps([whole.accelerator.num_processes, log, last]))
+    print("LOG" + json.dumps([whole.accelerator.num_processes, log, last, offline]))
 """
 
 
@@ -638,7 +733,9 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
     So it would where a run goes on after the second step: accelerate then counts no rows.
     """
     script(lambda pair: judgment(pair, tie=worth(pair.response_a) < 0.33))
-    one = steps(make({"num_train_epochs": 1, "max_steps": -1}, **FEW_ROUNDINGS))
+    epoch = {"num_train_epochs": 1, "max_steps": -1}
+    one = steps(make(epoch, **FEW_ROUNDINGS))
+    alone = steps_and_evaluation(make(epoch, **FEW_ROUNDINGS, **OFFLINE))
     path = tmp_path / "run.py"
     path.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), model=str(tiny_llama),
                                   out=str(tmp_path)))
@@ -648,7 +745,7 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOG"))
-    processes, two, last = json.loads(line.removeprefix("LOG"))
+    processes, two, last, offline = json.loads(line.removeprefix("LOG"))
     assert processes == 2 and len(two) == len(one) == 3
     for name in ("loss", "grad_norm", "judge/pairs", "judge/margin", "rewards/margins",
                  "response_length/chosen", "logps/rejected"):
@@ -656,3 +753,8 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
             [entry[name] for entry in one], rel=1e-3, abs=1e-5), name
         assert last[name] == two[-1][name], name
     assert len({entry["judge/pairs"] for entry in one}) > 1
+    for name in ("loss", "grad_norm", "rewards/margins", "response_length/chosen"):
+        assert [entry[name] for entry in offline[:-1]] == pytest.approx(
+            [entry[name] for entry in alone[:-1]], rel=1e-3, abs=1e-5), name
+    for name in PER_PAIR:  # of five pairs
+        assert offline[-1][f"eval_{name}"] == pytest.approx(alone[-1][f"eval_{name}"], rel=1e-3)

@@ -134,8 +134,8 @@ def test_prompts_are_written_as_self_training_writes_them(model):
         templates = load_templates({"file": self_reject.TEMPLATES, "system": system})
         (pair,) = found_in(record, system=system).pairs
         trained = self_judge_example(pair, templates, tokenizer)
-        (query,), (context,) = self_reject.rendered([{"instruction": "Sing."}], templates,
-                                                    tokenizer)
+        prompts = self_reject.messages_of([{"instruction": "Sing."}], templates)
+        (query,), (context,) = self_reject.rendered(prompts, templates, tokenizer)
         assert tokenizer.decode(query) == trained["query"]
         assert context == trained["context"]
 

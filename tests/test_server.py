@@ -6,7 +6,7 @@
 import collections
 import doctest
 import email.utils
-import os
+import inspect
 import threading
 import time
 from pathlib import Path
@@ -20,10 +20,19 @@ import lm.replies
 import lm.threads
 import lm.verdicts
 from lm.budget import Budget, BudgetSpent, Pace, price_of, tokens_of
-from lm.records import InputError
+from lm.records import InputError, read_records, write_json
 from lm.replies import Request
-from lm.server import FAILURES_IN_A_ROW, Server, generate_on
+from lm.server import FAILURES_IN_A_ROW, FLAGS, Server, connect, generate_on
 from lm.threads import in_threads
+from scripts import (
+    annotate,
+    evaluate_alpaca,
+    evaluate_mt_bench,
+    evaluate_vicuna,
+    generate,
+    generate_dialogues,
+)
+from scripts.chat import make_folder, serving
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +47,7 @@ def test_docstring_examples(module):
     assert not failed and attempted
 
 
-def connect(server: FaultServer, tmp_path: Path | None = None, **options) -> Server:
+def client_of(server: FaultServer, tmp_path: Path | None = None, **options) -> Server:
     cache = str(tmp_path / "cache") if tmp_path else ""
     return Server("gpt-4", server.url, **{"cache": cache, "first_wait": 0.01, "attempts": 4,
                                           "timeout": 20, **options})
@@ -58,14 +67,14 @@ PASSING = ["429", "500", "503", "408", "half", "drop", "empty", "html", "429 Ret
 def test_every_passing_fault_is_tried_again_and_nothing_is_asked_twice(tmp_path):
     plan = {f"Q{index}.": [fault] for index, fault in enumerate(PASSING)}
     with FaultServer(plan, echo) as server:
-        client = connect(server, tmp_path)
+        client = client_of(server, tmp_path)
         replies = dict(client.ask(questions(12)))
         assert {index: reply.text for index, reply in replies.items()} == {
             index: f"answer to Q{index}." for index in range(12)}
         assert not any(reply.error or reply.cached for reply in replies.values())
         asked = collections.Counter(server.asked)
         assert all(asked[f"Q{index}."] == 1 + (index < len(PASSING)) for index in range(12))
-        again = dict(connect(server, tmp_path).ask(questions(13)))
+        again = dict(client_of(server, tmp_path).ask(questions(13)))
         assert server.asked[-1] == "Q12." and len(server.asked) == 12 + len(PASSING) + 1
         assert [again[index].cached for index in range(13)] == [True] * 12 + [False]
         assert [again[index].text for index in range(12)] == [
@@ -75,7 +84,7 @@ def test_every_passing_fault_is_tried_again_and_nothing_is_asked_twice(tmp_path)
 def test_hanging_server_is_left_after_the_time_out(tmp_path):
     with FaultServer({"Q0.": ["hang"]}, echo) as server:
         start = time.monotonic()
-        replies = dict(connect(server, timeout=1).ask(questions(3)))
+        replies = dict(client_of(server, timeout=1).ask(questions(3)))
         assert time.monotonic() - start < HANG
     assert [replies[index].text for index in range(3)] == [f"answer to Q{i}." for i in range(3)]
     assert server.asked.count("Q0.") == 2
@@ -89,7 +98,7 @@ def test_hanging_server_is_left_after_the_time_out(tmp_path):
 def test_lasting_failure_is_recorded_and_asked_again_the_next_time(fault, attempts, message,
                                                                   tmp_path):
     with FaultServer({"Q1.": [fault]}, echo) as server:
-        client = connect(server, tmp_path, **({"timeout": 1, "attempts": 2} if "hang" in fault
+        client = client_of(server, tmp_path, **({"timeout": 1, "attempts": 2} if "hang" in fault
                                               else {}))
         replies = dict(client.ask(questions(3)))
         assert message in replies[1].error and replies[1].text == ""
@@ -97,7 +106,7 @@ def test_lasting_failure_is_recorded_and_asked_again_the_next_time(fault, attemp
         assert not replies[0].error and not replies[2].error
         assert server.asked.count("Q1.") == attempts
         server.plan.clear()
-        again = dict(connect(server, tmp_path).ask(questions(3)))
+        again = dict(client_of(server, tmp_path).ask(questions(3)))
         assert again[1].text == "answer to Q1." and server.asked.count("Q1.") == attempts + 1
         assert len(server.asked) == attempts + 1 + 2
 
@@ -107,7 +116,7 @@ def test_lasting_failure_is_recorded_and_asked_again_the_next_time(fault, attemp
 def test_all_wait_as_long_as_the_server_asks(header):
     date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 from now
     with FaultServer({"Q0.": [f"429 {header.format(date=date)}"]}, echo) as server:
-        dict(connect(server, concurrency=1).ask(questions(2)))
+        dict(client_of(server, concurrency=1).ask(questions(2)))
     first, *rest = server.times
     assert len(rest) == 2 and min(rest) - first > 0.95
 
@@ -118,7 +127,7 @@ def test_all_wait_as_long_as_the_server_asks(header):
 def test_hopeless_answers_stop_everything(fault, message):
     with FaultServer({"Q": [fault]}) as server:
         with pytest.raises(InputError, match=message) as error:
-            dict(connect(server, concurrency=2).ask(questions(50)))
+            dict(client_of(server, concurrency=2).ask(questions(50)))
         assert len(server.asked) <= 4
         assert "secret" not in str(error.value)
 
@@ -127,7 +136,7 @@ def test_a_server_that_fails_all_the_time_is_left_alone():
     with FaultServer({"Q": ["500!"]}) as server:
         replies = {}
         with pytest.raises(InputError, match=f"{FAILURES_IN_A_ROW} requests in a row failed"):
-            for index, reply in connect(server, attempts=1, concurrency=2).ask(questions(100)):
+            for index, reply in client_of(server, attempts=1, concurrency=2).ask(questions(100)):
                 replies[index] = reply
         assert FAILURES_IN_A_ROW <= len(replies) <= FAILURES_IN_A_ROW + 2
         assert len(server.asked) == len(replies)  # what was asked was also yielded
@@ -141,7 +150,7 @@ def test_no_server_is_said_soon():
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capfd):
     with FaultServer({"Q0.": ["400!"], "Q1.": ["500!"]}, echo) as server:
-        client = connect(server, tmp_path)
+        client = client_of(server, tmp_path)
         replies = dict(client.ask(questions(3)))
         print(client.estimate(questions(3)))
     assert server.keys == {"Bearer sk-secret-0123456789"}
@@ -156,7 +165,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capfd):
 def test_a_message_is_cut_outside_the_key(length, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-" + "0123456789" * (length // 10))
     with FaultServer({"Q0.": ["400!"]}) as server:
-        reply = dict(connect(server).ask(questions(1)))[0]
+        reply = dict(client_of(server).ask(questions(1)))[0]
     assert "[key]" in reply.error and "0123" not in reply.error
 
 
@@ -169,7 +178,7 @@ def test_the_hosted_service_needs_a_key(monkeypatch):
 
 def test_equal_requests_are_sent_once_and_different_ones_are_not_mixed_up(tmp_path):
     with FaultServer(answer=echo) as server:
-        client = connect(server, tmp_path, price_in=1, price_out=1)
+        client = client_of(server, tmp_path, price_in=1, price_out=1)
         same = {index: Request("Q.") for index in range(5)}
         replies = dict(client.ask({**same, 5: Request("Q.", seed=1), 6: Request("Q.", 7),
                                    7: Request("Q.", temperature=0.5),
@@ -183,7 +192,7 @@ def test_equal_requests_are_sent_once_and_different_ones_are_not_mixed_up(tmp_pa
 
 def test_what_is_sent():
     with FaultServer() as server:
-        client = connect(server)
+        client = client_of(server)
         dict(client.ask({0: Request("Q.", 7, 0.5, 0.9, seed=3),
                          1: Request([{"role": "user", "content": "R."}], temperature=-1)}))
     completion, chat = sorted(server.bodies, key=lambda body: "messages" in body)
@@ -195,7 +204,7 @@ def test_what_is_sent():
 
 def test_forgotten_replies_are_asked_again(tmp_path):
     with FaultServer(answer=echo) as server:
-        client = connect(server, tmp_path)
+        client = client_of(server, tmp_path)
         dict(client.ask(questions(2)))
         client.forget(questions(2)[1])
         dict(client.ask(questions(2)))
@@ -204,22 +213,22 @@ def test_forgotten_replies_are_asked_again(tmp_path):
 
 def test_concurrency_and_pace():
     with FaultServer(delay=0.05) as server:
-        dict(connect(server, concurrency=3).ask(questions(12)))
+        dict(client_of(server, concurrency=3).ask(questions(12)))
         assert 1 < server.most_under_way <= 3
         server.times.clear()
-        dict(connect(server, requests_per_minute=600).ask(questions(6)))
+        dict(client_of(server, requests_per_minute=600).ask(questions(6)))
     assert max(server.times) - min(server.times) > 0.4  # 0.1 s each
 
 
 def test_budget_of_requests_stops_cleanly_and_the_rest_is_asked_later(tmp_path):
     with FaultServer({"Q0.": ["500"]}, echo) as server:
-        client, replies = connect(server, tmp_path, max_requests=6), {}
+        client, replies = client_of(server, tmp_path, max_requests=6), {}
         with pytest.raises(BudgetSpent, match="budget of 6 requests is spent"):
             for index, reply in client.ask(questions(10)):
                 replies[index] = reply
         assert len(server.asked) == 6 == client.budget.requests  # attempts count
         assert len(replies) in (4, 5) and not any(r.error for r in replies.values())
-        rest = dict(connect(server, tmp_path).ask(questions(10)))
+        rest = dict(client_of(server, tmp_path).ask(questions(10)))
         assert len(rest) == 10 and len(server.asked) == 6 + 10 - len(replies)
 
 
@@ -227,7 +236,7 @@ def test_budget_of_money_is_never_exceeded(tmp_path):
     """10 prompt and 5 new tokens cost $0.00025 here; the most that one can cost is set aside."""
     prices = {"price_in": 10, "price_out": 30, "max_cost": 0.02}
     with FaultServer(answer=echo, delay=0.02) as server:
-        client, replies = connect(server, **prices), {}
+        client, replies = client_of(server, **prices), {}
         with pytest.raises(BudgetSpent, match=r"higher --max_cost"):
             for index, reply in client.ask(questions(100)):
                 replies[index] = reply
@@ -235,7 +244,7 @@ def test_budget_of_money_is_never_exceeded(tmp_path):
         assert 0.02 - most < client.budget.cost <= 0.02
         assert client.budget.cost == pytest.approx(len(replies) * 0.00025)
         assert sum(r.cost for r in replies.values()) == pytest.approx(client.budget.cost)
-        more = connect(server, **prices)
+        more = client_of(server, **prices)
         more.budget.go_on_from([{"index": 0}, client.budget.spent()])
         with pytest.raises(BudgetSpent):
             dict(more.ask(questions(100)))
@@ -244,7 +253,7 @@ def test_budget_of_money_is_never_exceeded(tmp_path):
 
 def test_a_reply_that_was_lost_counts_in_full_and_one_that_was_refused_does_not():
     with FaultServer({"Q0.": ["hang!"], "Q1.": ["500!"]}) as server:
-        client = connect(server, attempts=1, timeout=1, price_in=10, price_out=30)
+        client = client_of(server, attempts=1, timeout=1, price_in=10, price_out=30)
         dict(client.ask(questions(2)))
     assert client.budget.cost == client.price.of(tokens_of("user\nQ0."), 512)
 
@@ -266,6 +275,9 @@ def test_prices(monkeypatch):
     assert price_of("gpt-4o-mini", hosted) != price_of("gpt-4o", hosted)
     assert not price_of("gpt-4-of-mine", hosted).known
     assert price_of("gpt-4", "http://localhost:8000/v1").of(1000, 1000) == 0
+    assert price_of("gpt-4", "https://127.0.0.1/v1").of(1000, 1000) == 0
+    for elsewhere in ("http://localhost.example.org/v1", "http://127.0.0.1.example.org:80/v1"):
+        assert price_of("gpt-4", elsewhere).of(1_000_000, 0) == 30
     assert price_of("x", hosted, 2, 0).of(1_000_000, 5) == 2
     with pytest.raises(InputError, match="belong together"):
         price_of("x", hosted, 2)
@@ -275,11 +287,22 @@ def test_prices(monkeypatch):
 
 def test_estimate_says_what_is_left(tmp_path):
     with FaultServer(answer=echo) as server:
-        client = connect(server, tmp_path, price_in=10, price_out=30)
+        client = client_of(server, tmp_path, price_in=10, price_out=30)
         dict(client.ask(questions(2)))
         said = client.estimate(questions(5))
     assert "3 requests" in said and "2 more are answered in the cache" in said
     assert "1536 new ones" in said and "$0.05" in said
+
+
+@pytest.mark.parametrize("script", [annotate, generate, generate_dialogues, evaluate_alpaca,
+                                    evaluate_mt_bench, evaluate_vicuna])
+def test_all_scripts_that_ask_servers_have_the_same_flags(script):
+    flags = inspect.signature(script.main).parameters
+    assert {*FLAGS} - {*flags} <= {"cache"}  # evaluations have their own
+    values = {name: flag.default for name, flag in flags.items()}
+    server = connect("m", "http://127.0.0.1:9/v1", values | {
+        "cache": "", "requests_per_minute": 60.0, "attempts": 3, "max_requests": 7})
+    assert (server._pace._gap, server._attempts, server.budget.max_requests) == (1, 3, 7)
 
 
 def test_pace_pauses_everybody():
@@ -307,7 +330,7 @@ def test_generation_streams_and_fails_at_the_end():
     with FaultServer({"Q1.": ["400!"]}, echo) as server:
         done = {}
         with pytest.raises(InputError, match="1 of 3 requests failed"):
-            for index, response in generate_on(connect(server), {i: f"Q{i}." for i in range(3)},
+            for index, response in generate_on(client_of(server), {i: f"Q{i}." for i in range(3)},
                                                max_new_tokens=9, temperature=1.0, top_p=0.9):
                 done[index] = response
     assert {index: response.text for index, response in done.items()} == {
@@ -317,25 +340,34 @@ def test_generation_streams_and_fails_at_the_end():
     assert {body["max_tokens"] for body in server.bodies} == {9}
 
 
-def gguf() -> str:
-    return os.environ.get("GGUF", "")
+@pytest.mark.xdist_group("processes")
+def test_a_real_server(tiny_llama, tmp_path):
+    """`transformers serve` and a random model: it answers as the model does in this process."""
+    questions = [{"instruction": text, "output": "Red."} for text in ("Name a colour.", "Sing.")]
+    write_json(tmp_path / "prompts.json", questions)
+    common = {"data_path": str(tmp_path / "prompts.json"), "max_new_tokens": 8}
+    make_folder(tmp_path / "m", tiny_llama, "alpaca")
+    generate.main(str(tiny_llama), output_path=str(tmp_path / "here.json"), **common)
+    with serving(tmp_path / "m", "float32") as url:
+        for template in ("alpaca", "chat"):  # completions; a chat, with the same template
+            generate.main("m", template, base_url=url, **common,
+                          output_path=str(tmp_path / f"{template}.json"))
+            assert outputs(tmp_path / f"{template}.json") == outputs(tmp_path / "here.json")
+        client = Server("m", url, cache=str(tmp_path / "cache"))
+        asked = {0: Request([{"role": "user", "content": "Name a colour."}], 5),
+                 1: Request("The cat", 5)}
+        for cached in (False, True):
+            replies = dict(client.ask(asked))
+            assert {(reply.new_tokens, reply.finish_reason, reply.error, reply.cached)
+                    for reply in replies.values()} == {(5, "length", "", cached)}
+            assert replies[0].prompt_tokens > replies[1].prompt_tokens > 0
+        judged = tmp_path / "judged.json"
+        with pytest.raises(SystemExit):  # what it says is cut off, so none is a judgment
+            annotate.main(str(tmp_path / "prompts.json"), str(judged), model="m", base_url=url,
+                          max_new_tokens=5, cache="")
+    lines = read_records(annotate.journal_file(judged))
+    assert [line["error"] for line in lines[1:]] == ["cut off before its end"] * 2
 
 
-@pytest.mark.skipif(not gguf(), reason="set GGUF to a .gguf file, and pip install xllamacpp")
-def test_a_real_server(tmp_path):
-    """llama.cpp with a real small model: both kinds of request, from several threads."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = gguf()
-    parameters.n_ctx, parameters.n_parallel = 2048, 2
-    parameters.cpuparams.n_threads = 1
-    serving = xllamacpp.Server(parameters)
-    client = Server("smollm2", f"{serving.listening_address}/v1", cache=str(tmp_path))
-    requests = {0: Request([{"role": "user", "content": "What is the capital of France?"}], 30),
-                1: Request("The capital of France is", 5), 2: Request("One, two, three,", 5)}
-    replies = dict(client.ask(requests))
-    assert not any(reply.error for reply in replies.values())
-    assert all(reply.text for reply in replies.values()) and "four" in replies[2].text
-    assert replies[1].finish_reason == "length" and replies[1].new_tokens == 5
-    assert all(reply.prompt_tokens for reply in replies.values())
-    assert all(reply.cached for reply in dict(client.ask(requests)).values())
+def outputs(path: Path) -> list[str]:
+    return [record["output"] for record in read_records(path)]

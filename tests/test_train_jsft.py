@@ -73,6 +73,7 @@ def train(common, tmp_path):
         result = in_this_process(main, config, *overrides(settings))
         result.folder = Path(settings["training_args.output_dir"])
         return result
+    train.data = common["dataset"]
     return train
 
 
@@ -150,6 +151,21 @@ def test_loss_is_the_mean_over_the_supervised_tokens(train, common):
         "sft_loss": mean(learnt["sft"]), "judgment_loss": mean(learnt["judgment"])}, rel=1e-5)
 
 
+@pytest.mark.parametrize("wanted", ["sft", "judge"])
+def test_one_kind_of_examples_is_trained_alone(wanted, train):
+    """Answers or judgments; the judge is measured all the same."""
+    result = train({"jsft_args.examples": wanted, "training_args.max_steps": 1,
+                    "training_args.eval_strategy": "steps", "training_args.eval_steps": 1,
+                    "dataset": f"{{path: {train.data}, eval: {train.data}}}"})
+    assert result.code == 0, result.err
+    (entry,) = history(result.folder, "sft_loss", "judgment_loss")
+    assert set(entry) == {"step", "sft_loss" if wanted == "sft" else "judgment_loss"}
+    (measured,) = history(result.folder, "eval_judge_pairs", "eval_sft_loss", "eval_judgment_loss")
+    assert measured["eval_judge_pairs"] == 12
+    assert ("eval_sft_loss" in measured, "eval_judgment_loss" in measured) == (
+        wanted == "sft", wanted == "judge")
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "every weight"])
 def test_every_trained_parameter_moves_and_no_other(full, train, adapter_settings, monkeypatch):
     seen = watched(monkeypatch, jsft)
@@ -196,6 +212,10 @@ def test_finished_run_is_not_repeated(train, adapter_settings, reference):
 def test_run_record_and_settings_are_saved(reference, data, common):
     record = json.loads((reference / "run.json").read_text())
     assert record["status"] == "finished" and record["steps"] == 4
+    config = load_config(str(reference / "config.yaml"), kind="jsft")
+    rows = jsft_rows(config, load_tokenizer(str(common["model.pretrained_model_name_or_path"])))
+    lengths = sorted(map(len, rows["input_ids"]))
+    assert sum(lengths[:16]) <= record["tokens"] <= sum(lengths[-16:])  # four steps of four
     assert record["settings"]["peft_config.r"] == 4
     assert list(record["data"]["files"]) == [str(data.uf)]
     assert record["loss"] == [losses(reference)[0], losses(reference)[-1]]
@@ -211,7 +231,10 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     """
     settings = {**adapter_settings, "peft_config.lora_dropout": 0, "training_args.max_steps": -1,
                 "training_args.learning_rate": 1e-3,
-                "dataset": preference_data(tmp_path / "data", 11).uf}
+                "dataset": f"{{path: {tmp_path}/data/uf.jsonl, eval: {tmp_path}/data/uf.jsonl}}",
+                "training_args.eval_strategy": "epoch",
+                "training_args.per_device_eval_batch_size": 8}
+    preference_data(tmp_path / "data", 11)
     one = train(settings)
     folder = tmp_path / "two"
     done = subprocess.run(
@@ -223,6 +246,9 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     assert "processes: 2 (MULTI_CPU) on cpu\n" in done.stdout
     assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5)
     assert len(losses(folder)) == 9
+    measured = ("eval_loss", "eval_sft_loss", "eval_judgment_loss", "eval_judge_accuracy")
+    assert (history(folder, *measured)[0]
+            == pytest.approx(history(one.folder, *measured)[0], rel=1e-5))
     for name, value in adapter(folder).items():
         torch.testing.assert_close(value, adapter(one.folder)[name], rtol=0, atol=1e-5)
 
@@ -233,6 +259,8 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"training_args.packing": "true"}, "packing needs model.attn_implementation flash_attention_2,"
                                         " which is auto here"),
+    ({"jsft_args.examples": "judges"}, "examples is 'judges'; expected all, sft, judge; did you "
+                                       "mean 'judge'"),
     ({"training_args.max_length": 9}, "set jsft_args.max_length, not training_args.max_length"),
     ({"training_args.max_step": 9}, "unknown key 'max_step'; did you mean 'max_steps'"),
     ({"training_args.report_to": "wand"}, "report_to 'wand': unknown"),

@@ -8,6 +8,7 @@ tests/test_self_judge_trainer.py.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -141,6 +142,20 @@ def test_every_setting_reaches_the_trainer(monkeypatch):
     assert given["peft_config"].lora_alpha == config.peft_config["lora_alpha"]
 
 
+def test_offline_run_trains_on_the_given_pairs_and_asks_no_judge(train, monkeypatch):
+    """So the template's decisions need not be single tokens."""
+    monkeypatch.setattr(self_training.launch, "judge_options", None)
+    result = train({"self_judge_args.pairs": "given", "training_args.max_steps": 2,
+                    "self_judge_args.token_id_a": 7})
+    assert result.code == 0, result.err
+    assert "pairs: the dataset's own; nothing is sampled or judged\n" in result.out
+    assert "left out" not in result.out and "judge/" not in result.out
+    entry, other = history(result.folder, "loss", "response_length/chosen", "seconds/sample")
+    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(other["loss"] - entry["loss"]) > 1e-3  # the policy has moved
+    assert "response_length/chosen" in entry and "seconds/sample" not in entry
+
+
 # --- where a run starts ------------------------------------------------------------------------
 
 
@@ -269,6 +284,8 @@ def test_two_processes_train_as_one_does(train, common, tmp_path):
 @pytest.mark.parametrize(("settings", "flags", "message"), [
     ({"self_judge_args.max_new_token": 9}, [], "unknown key 'max_new_token'; did you mean "
                                                "'max_new_tokens'"),
+    ({"self_judge_args.pairs": "giving"}, [],
+     "pairs is 'giving'; expected sampled, given; did you mean 'given'"),
     ({"training_args.beta": 9}, [], "set self_judge_args.beta, not training_args.beta"),
     ({"self_judge_args.ties": "toss"}, [], "ties is 'toss'; expected drop or keep"),
     ({"self_judge_args.max_new_tokens": 999}, [], "leaves no room for a query"),

@@ -18,6 +18,7 @@ from conftest import ROOT
 from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
+from warm_python import warm_environment
 
 from lm.cli import run
 
@@ -82,7 +83,8 @@ def killed(main: Callable, arguments: list[str], die_at: str, shim: Path,
     (shim / "sitecustomize.py").write_text(DIE_AT)
     environment = {**os.environ, "PYTHONPATH": str(shim), "DIE_AT": die_at,
                    "DIE_RANK": str(die_rank)}
-    return subprocess.run([sys.executable, *launcher, f"{main.__module__}.py", *arguments],
+    python = warm_environment() / "bin/python"
+    return subprocess.run([python, *launcher, f"{main.__module__}.py", *arguments],
                           cwd=ROOT, capture_output=True, env=environment).returncode
 
 
