@@ -166,8 +166,12 @@ def told(study: Study, cell: Cell, record: Record) -> str:
 
 
 def collect(study: Study, path: Path) -> None:
-    """Write the figures of all cells that are there; the report needs nothing else."""
-    found, versions = {}, {}
+    """Write the figures of all cells that are there; the report needs nothing else.
+
+    Figures of a cell whose folder is gone, of another machine or an earlier night, are kept.
+    """
+    before = read_manifest(path) or {"cells": {}, "versions": {}}
+    found, versions = {}, before["versions"]
     for cell in plan(study):
         folder = study.folder_of(cell)
         record, failure = (read_manifest(folder / name) for name in ("cell.json", "failed.json"))
@@ -179,6 +183,8 @@ def collect(study: Study, path: Path) -> None:
             versions = record["versions"]
         elif failure:
             found[cell.name] = {"row": cell.row, "part": cell.part, **failure}
+        elif cell.name in before["cells"] and not folder.exists():
+            found[cell.name] = before["cells"][cell.name]
     if found:
         write_json(path, {"size": study.size, "model": study.settings["model"],
                           "versions": versions, "values": dict(study.values), "cells": found})

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,20 @@ def test_what_is_done_is_not_done_again(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in given.folder.rglob("*.json")}
     assert run_all(given) == {}
     assert {path: path.stat().st_mtime_ns for path in given.folder.rglob("*.json")} == before
+
+
+def test_figures_outlive_their_folders(tmp_path):
+    given = study(tmp_path, {"one": {"recipe": "measured"}, "two": {"recipe": "measured"}})
+    results = tmp_path / "small.json"
+    run_all(given, "one")
+    tables.collect(given, results)
+    ones = json.loads(results.read_text())["cells"]
+    shutil.rmtree(given.folder / "one")
+    run_all(given, "two")
+    tables.collect(given, results)
+    both = json.loads(results.read_text())["cells"]
+    assert sorted(both) == ["one/seed0", "one/seed1", "two/seed0", "two/seed1"]
+    assert {name: both[name] for name in ones} == ones
 
 
 def test_a_changed_cell_is_run_anew_beside_the_former(tmp_path, capsys):
