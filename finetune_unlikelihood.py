@@ -7,7 +7,8 @@
         --data_path data/downloads/cut_iter/train-alpaca-sample-iter1.json --output_dir runs/13b
 
 Unlike the released code: the loss does not depend on the micro-batch size or the number of
-processes; failed judgments are dropped (--as_released keeps them); killed runs continue.
+processes; failed judgments are dropped (--as_released keeps them); killed runs continue. Of ilf_dpo
+and dpo, which trl trains, the last step of an epoch does depend on them if it is not full.
 """
 
 from lm.cli import run
@@ -84,7 +85,7 @@ def main(
         warmup_steps: Steps in which the learning rate climbs to its peak.
         lora_r: Rank of the LoRA update.
         lora_alpha: Scale of the LoRA update is lora_alpha / lora_r.
-        lora_dropout: Dropout before the LoRA layers.
+        lora_dropout: Dropout before the LoRA layers; ilf_dpo and dpo have none, as in trl.
         lora_target_modules: Layer names to update, or all-linear.
         train_on_inputs: Also learn the prompts of the aligned rows.
         add_eos_token: Accepted for compatibility; responses always end with EOS.
@@ -105,7 +106,7 @@ def main(
             tokens); cut/objectives.py says what each learns.
         without: Leave parts out of CUT (Table 4): some of l1, align_p, align_n, detection, weight,
             separated by commas.
-        beta: Of ilf_dpo and dpo: how near to stay to the base.
+        beta: Of ilf_dpo and dpo: how near to stay to the base; more than 0.
         as_in_paper: gamma 1 unless given, and L1 + L2 without the halving.
         as_released: Keep failed and blank judgments as text.
         load_in: Base precision: 8bit, 4bit, bf16, fp16, fp32; auto is 8bit on CUDA, fp32 on CPU.

@@ -73,6 +73,14 @@ def check(flags: dict) -> SimpleNamespace:
             if getattr(settings, name):
                 raise InputError(f"--{name} is not for --objective {settings.objective}, which "
                                  "trl's DPO trains; leave it out")
+        if not settings.beta:
+            raise InputError("--beta is 0, at which nothing is learnt; expected more than 0")
+    if settings.objective == "dpo" and settings.downsample != -1:
+        raise InputError("--downsample leaves out responses by their judgments, and --objective "
+                         "dpo compares all by their scores; leave it out")
+    if settings.as_released and settings.objective.startswith("ilf_"):
+        raise InputError("--as_released keeps failed judgments, by which nothing is refined; leave "
+                         f"it out with --objective {settings.objective}")
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
     runs.check_trackers(settings.report_to)
@@ -85,9 +93,9 @@ def load_data(settings: SimpleNamespace) -> Data:
     """Records -> examples -> rows, split into training and validation."""
     tokenizer = models.load_tokenizer(settings.base_model)
     objective = OBJECTIVES[settings.objective]
+    keep_failed = settings.as_released or settings.objective == "dpo"  # which asks for no judgment
     examples, counts = examples_of(read_records(settings.data_path), settings.data_path,
-                                   downsample=settings.downsample,
-                                   as_released=settings.as_released,
+                                   downsample=settings.downsample, as_released=keep_failed,
                                    contrast=settings.weight_unlike > 0 and objective.contrasts)
     examples, rows = _learnt(settings, examples, tokenizer)
     if settings.debug:
@@ -175,6 +183,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
 
         kind = DPOConfig
         options |= {"beta": settings.beta, "max_length": settings.cutoff_len,
+                    "router_aux_loss_coef": 0.0,  # as for the other objectives
                     "gradient_checkpointing": False}  # load_model has switched it on or not
     try:
         arguments = kind(**options)

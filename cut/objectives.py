@@ -29,7 +29,7 @@ from lm.templates import Template
 
 # The rows of Table 4: what each leaves out.
 PARTS = {"l1": "the contrast of Align-N and Misalign",
-         "align_p": "Align-P in L2",
+         "align_p": "Align-P in L2: those examples, so there are fewer steps",
          "align_n": "Align-N in L2",
          "detection": "the search for inappropriate tokens: unlikelihood on all of a response",
          "weight": "the weight p^gamma"}
@@ -112,7 +112,7 @@ def higher_scores_preferred(examples: Sequence[Example]) -> list[Preference]:
     return [Preference(better.record, better.instruction, better.response, worse.response)
             for responses in by_instruction.values() for pair in combinations(responses, 2)
             for worse, better in [sorted(pair, key=lambda example: example.score)]
-            if worse.score < better.score]
+            if worse.score < better.score and worse.response.strip() != better.response.strip()]
 
 
 OBJECTIVES = {

@@ -19,12 +19,13 @@ def preview(settings: SimpleNamespace, data: Data) -> None:
     """`--dry_run`: rendered examples with their masks, counts, schedule and memory."""
     if not runs.is_main():
         return
-    names = ("chosen", "rejected") if OBJECTIVES[settings.objective].compare else (
-        "Align-N", "Misalign")
+    objective = OBJECTIVES[settings.objective]
+    names = ("chosen", "rejected") if objective.compare else ("Align-N", "Misalign")
+    single = "Align-P" if objective.contrasts else settings.objective
     for pair in (True, False):
         first = next((rows for rows in data.train if bool(rows.misaligned) == pair), None)
         if first:
-            print_rows(first, data.tokenizer, names if pair else ("Align-P", ""))
+            print_rows(first, data.tokenizer, names if pair else (single, ""))
     tokens = [rows.tokens for rows in data.train]
     rows = sum(len(example.rows) for example in data.train)
     print(f"\nrows: {rows} of {len(data.train)} examples, {sum(tokens)} tokens, the longest "

@@ -66,6 +66,8 @@ def main(shepherd_model: str = "", shepherd_raw: str = "", critiques: str = "",
     """
     if not output:
         raise InputError("--output is missing; name the JSON file to write")
+    if limit and not ultrafeedback:
+        raise InputError("--limit is for --ultrafeedback alone; leave it out")
     skipped = Counter()
     shepherd = bool(shepherd_model or shepherd_raw)
     if critiques and not (shepherd or ultrafeedback):
@@ -139,6 +141,8 @@ def from_ultrafeedback(path: str, limit: int) -> tuple[list[Record], Counter]:
     from self_judge.preferences import ranked_completions
 
     files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: holds no .jsonl file")
     lines = []
     for file in files:
         found = read_records(file)

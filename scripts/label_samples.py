@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from self_judge.judgment import Judgment
     from self_judge.off_policy import Kept
     from self_judge.preferences import Message
+    from self_judge.sources import BadRecords
     from self_judge.templates import Templates
     from self_judge.tournament import Match
 
@@ -58,7 +59,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant"}  # as HH writes them
 
 
 def main(model: str, data_path: str, output_path: str, select: str, templates: str = TEMPLATES,
-         num_samples: int = 8, opponents: int = 0, num_accepted: int = 4, beta: float = 0.125,
+         num_samples: int = 8, opponents: int = 0, num_accepted: int = 0, beta: float = 0.125,
          thresholds: str = "0.6", samples_path: str = "", peft_model_path: str = "",
          temperature: float = 1.0, top_p: float = 0.9, max_new_tokens: int = 768,
          max_length: int = 2048, seed: int = 0, limit: int = 0, batch_tokens: int = 16384,
@@ -79,7 +80,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         num_samples: Responses to each prompt.
         opponents: A sample's reward is the mean over its matches against so many of the prompt's
             samples, the first ones; 0 is all.
-        num_accepted: Samples of a prompt that rso accepts; half as many are its pairs.
+        num_accepted: Samples of a prompt that rso accepts, 0 is half of them; half as many are
+            its pairs.
         beta: Of rso, in the rewards' unit, 0 to 1: small takes the best samples, large takes any.
         thresholds: Of rest, 0 to 1. Several, rising, such as 0.5,0.6,0.7, are those of successive
             improve steps: OUTPUT.improve1, OUTPUT.improve2 ..., the last one in OUTPUT itself.
@@ -127,7 +129,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
             found = {output: (best_of(responses, judge), Counter())}
         else:
             scores = rewards_of(responses, opponents, judge)
-            found = ({output: accepted_pairs(responses, scores, judge, num_accepted, beta, seed)}
+            accepted = num_accepted or max(2, num_samples // 2)
+            found = ({output: accepted_pairs(responses, scores, judge, accepted, beta, seed)}
                      if select == "rso" else
                      {path: (above(scores, level), Counter()) for path, level
                       in zip(improve_files(output, len(levels)), levels, strict=True)})
@@ -137,7 +140,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         told = ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number)
         if not rows:
             raise InputError(f"{path}: nothing is left to learn from ({told or 'no reward is high'}"
-                             "); try other --thresholds or --beta, or more --num_samples")
+                             "); try other --thresholds, --beta or --max_new_tokens, or more "
+                             "--num_samples")
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{path}: {len(rows)} {'pairs' if select == 'rso' else 'demonstrations'}"
               f"{f'; left out: {told}' if told else ''}")
@@ -153,10 +157,10 @@ def check_selection(select: str, num_samples: int, opponents: int, num_accepted:
     if not 0 <= opponents <= num_samples:
         raise InputError(f"--opponents is {opponents}; expected 0 (all) to num_samples "
                          f"({num_samples})")
-    if not 2 <= num_accepted <= num_samples:
+    if num_accepted and not 2 <= num_accepted <= num_samples:
         raise InputError(f"--num_accepted is {num_accepted}; expected 2 to num_samples "
-                         f"({num_samples})")
-    if beta <= 0:
+                         f"({num_samples}), or 0 for half of them")
+    if not beta > 0:
         raise InputError(f"--beta is {beta}; expected more than 0")
     try:
         levels = [float(level) for level in thresholds.split(",")]
@@ -179,7 +183,8 @@ def read_prompts(source: str, templates: "Templates",
     if limit < 0:
         raise InputError(f"--limit is {limit}; expected 0 (all) or more")
     records, prompts, left_out = [], [], 0
-    for index, record in enumerate(read_source(source)):
+    named, bad = read_source(source)
+    for name, record in named:
         try:
             if {"completions", "chosen", "rejected"} & record.keys():
                 pairs = found_in(record, system=templates.system).pairs
@@ -189,31 +194,39 @@ def read_prompts(source: str, templates: "Templates",
             else:
                 (prompt,) = messages_of([{"instruction": join_input(record)}], templates)
         except InputError as error:
-            raise InputError(f"{source}: record {index}: {error}") from error
+            bad.skip(f"{name}: {error}")
+            continue
         if prompt is None:
             left_out += 1
             continue
         records.append(record)
         prompts.append(prompt)
-    if left_out:
-        print(f"{source}: {left_out} records without a pair left out, as in training")
+    for number, what in ((left_out, "records without a pair"),
+                         (len(bad.messages), "bad records")):
+        if number:
+            print(f"{source}: {number} {what} left out, as in training")
     if not records:
         raise InputError(f"{source}: holds no prompt; expected HH's or UltraFeedback's fields, or "
                          "'instruction'")
     return records[:limit or None], prompts[:limit or None]
 
 
-def read_source(source: str) -> list[Record]:
-    """The records of a file, or those that a run trains on."""
-    if Path(source).suffix not in (".yaml", ".yml"):
-        return read_records(source)
+def read_source(source: str) -> "tuple[list[tuple[str, Record]], BadRecords]":
+    """Name and contents of each record of a file, or of those that a run trains on.
+
+    Of a run as many may be bad as its `skip_bad` says, of a file none.
+    """
     from self_judge.config import load_config
     from self_judge.sources import BadRecords, records_of, settings_of
 
+    if Path(source).suffix not in (".yaml", ".yml"):
+        return [(f"{source}: record {index}", record)
+                for index, record in enumerate(read_records(source))], BadRecords(0)
     config = load_config(source)
     bad = BadRecords(settings_of(config.dataset)["skip_bad"])
-    return [record for origin, _, record in records_of(config.dataset, "train", config.seed, bad)
-            if not origin.sft_only]
+    return [(f"{origin}: record {index}", record)
+            for origin, index, record in records_of(config.dataset, "train", config.seed, bad)
+            if not origin.sft_only], bad
 
 
 def noting(judge: "Judge", judged: "dict[Match, Judgment]") -> "Judge":

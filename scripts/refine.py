@@ -57,6 +57,7 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
         base_url: Ask the OpenAI-compatible server at this address, key in OPENAI_API_KEY.
         max_cost: Stop before so many dollars are exceeded; 0 is no limit.
     """
+    check_output(output_path, data_path)
     records = read_records(data_path)
     wanted = to_refine(records, data_path)
     answers: list[Record] = []
@@ -64,7 +65,6 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
         frame = read_frame(template)
         prompts, refinements = (Path(f"{output_path}.{name}.json")
                                 for name in ("prompts", "refinements"))
-        prompts.parent.mkdir(parents=True, exist_ok=True)
         write_json(prompts, [{"instruction": prompt_of(records[index], frame)}
                              for index in wanted])
         generate.main(
@@ -81,7 +81,19 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
     write_text(output_path, "".join(
         json.dumps(record | ({"i_ans": refined[index]} if index in refined else {}),
                    ensure_ascii=False) + "\n" for index, record in enumerate(records)))
-    print("\n".join(summary(records, refined, output_path)))
+    shortened = sum(refinement_in(answer["output"]) != answer["output"].strip()
+                    for answer in answers)
+    print(summary(records, refined, shortened, output_path))
+
+
+def check_output(output_path: str, data_path: str) -> None:
+    """Stop at a file that is none to write to; make the folder of others."""
+    output = Path(output_path)
+    if output.suffix != ".jsonl":
+        raise InputError(f"--output_path {output_path!r}: expected a .jsonl file")
+    if output.resolve() == Path(data_path).resolve():
+        raise InputError("--output_path is --data_path; choose another, so that both are kept")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def to_refine(records: list[Record], source: str) -> list[int]:
@@ -120,12 +132,14 @@ def refinement_in(answer: str) -> str:
     return answer.split("\n### ")[0].strip()
 
 
-def summary(records: list[Record], refined: dict[int, str], output_path: str) -> list[str]:
+def summary(records: list[Record], refined: dict[int, str], shortened: int,
+            output_path: str) -> str:
     """How many were refined, and how many of those say nothing new."""
     blank = sum(not text for text in refined.values())
     same = sum(text == records[index]["output"].strip() for index, text in refined.items())
-    return [f"{output_path}: {len(records)} records, {len(refined)} refined ({blank} blank, {same} "
-            "unchanged); the others are satisfactory, without a judgment, or had a refinement"]
+    return (f"{output_path}: {len(records)} records, {len(refined)} refined ({blank} blank, {same} "
+            f"unchanged, {shortened} ended at a heading); the others are satisfactory, without a "
+            "judgment, or had a refinement")
 
 
 if __name__ == "__main__":

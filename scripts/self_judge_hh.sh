@@ -10,6 +10,8 @@
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 1 for JSFT, 40 for self-training (the
 #           paper's longest run took about 90 on A100s), 2 on one GPU for the answers.
+#           METHOD rso, raft or rest instead of self-training: 60 on one GPU for samples and
+#           verdicts; LABEL_SAMPLES=4: less than half.
 # Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  AlpacaEval 44.88, VicunaEval 76.25 against SFT, MT-Bench 4.80, as answered greedily; the
 #           win rate of the tournament grows with N = 1 .. 16.
@@ -32,6 +34,7 @@ JSFT=${JSFT:-$OUT/jsft}           # where it is or goes; METHODs can share one
 JUDGE=${JUDGE:-reference}         # frozen; policy is the live variant
 ROUNDS=${ROUNDS:-1}               # of self-training, each from the last one's policy
 LABEL_SAMPLES=${LABEL_SAMPLES:-8} # of rso, raft and rest, to a prompt (ours)
+LABEL_FLAGS=${LABEL_FLAGS:-}      # further ones of label_samples.py: "--thresholds 0.5"
 PROMPTS=${PROMPTS:-}              # default: the 805 AlpacaEval instructions, from the Hub
 GPUS=${GPUS:-8}
 ACCUMULATION=${ACCUMULATION:-$((8 / GPUS))} # 128 rows a step in JSFT, 64 queries in self-training

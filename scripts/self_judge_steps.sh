@@ -37,12 +37,13 @@ jsft() {
 }
 
 # Samples of the JSFT model to the training prompts, chosen by its own judgments. What was sampled
-# and judged for one of the three serves the others.
+# and judged for one of the three serves the others. LABEL_FLAGS stands without quotes as well.
 labels() { # rso|raft|rest
     python scripts/label_samples.py --model "$JSFT" --data_path "$JSFT/config.yaml" \
         --templates "$TEMPLATES" --num_samples "$LABEL_SAMPLES" --select "$1" \
         --samples_path "$(dirname "$JSFT")/labels.samples.jsonl" --output_path "$OUT/$1.jsonl" \
-        --max_new_tokens "$MAX_NEW_TOKENS" --load_in "$LOAD_IN" --batch_tokens "$BATCH_TOKENS"
+        --max_new_tokens "$MAX_NEW_TOKENS" --load_in "$LOAD_IN" --batch_tokens "$BATCH_TOKENS" \
+        $LABEL_FLAGS
 }
 labelled=(dataset.eval=null dataset.eval_size=0) # nothing is held out of what was labelled
 

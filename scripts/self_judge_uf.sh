@@ -11,7 +11,8 @@
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 3 for JSFT (10 with principles); 90
 #           for self-training (the paper's longest run, on A100s; that it was this one is a guess);
-#           2 on one GPU for the answers.
+#           2 on one GPU for the answers. METHOD rso, raft or rest instead of self-training: 120
+#           on one GPU (300 with principles) for samples and verdicts; LABEL_SAMPLES=4: a third.
 # Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  Judge accuracy on held-out pairs 80.5 %, with principles and rationales 84.0 %; the win
 #           rate of the tournament grows with N = 1 .. 16.
@@ -25,7 +26,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 source scripts/self_judge_steps.sh
 
-PRINCIPLES=${PRINCIPLES:-}
+PRINCIPLES=${PRINCIPLES:-}           # 1: a prompt for each of the four; 0 or empty: one prompt
+PRINCIPLES=${PRINCIPLES#0}
 RATIONALES=${RATIONALES:-1}          # with PRINCIPLES=1; 0: decisions alone are learnt
 BASE_MODEL=${BASE_MODEL:-meta-llama/Llama-2-7b-hf}
 DATA=${DATA:-openbmb/UltraFeedback}  # or a folder, or a file
@@ -36,6 +38,7 @@ JSFT=${JSFT:-$OUT/jsft}              # where it is or goes; METHODs can share on
 JUDGE=${JUDGE:-reference}            # frozen; policy is the live variant
 ROUNDS=${ROUNDS:-1}                  # of self-training, each from the last one's policy
 LABEL_SAMPLES=${LABEL_SAMPLES:-8}    # of rso, raft and rest, to a prompt (ours)
+LABEL_FLAGS=${LABEL_FLAGS:-}         # further ones of label_samples.py: "--thresholds 0.5"
 PROMPTS=${PROMPTS:-}                 # default: the 805 AlpacaEval instructions, from the Hub
 GPUS=${GPUS:-8}
 ACCUMULATION=${ACCUMULATION:-$((8 / GPUS))} # 128 rows a step in JSFT, 64 queries in self-training

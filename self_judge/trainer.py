@@ -166,7 +166,7 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Rows to be sampled stay texts, pairs become ids, by our rule; training rows are numbered.
         """
-        training = dataset is self.train_rows
+        training = dataset is self.train_rows and dataset_name == "train"  # both may be one
         dataset = as_dataset(dataset)
         if "chosen_ids" in next(iter(dataset)):  # prepared before
             return dataset
@@ -208,13 +208,21 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         """
         present = inputs.pop("present", None)
         loss = super().compute_loss(model, inputs, return_outputs)
-        if present is None:  # evaluation: the mean over the given pairs
+        if present is None:  # evaluation, see prediction_step
             return loss
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {self.state.global_step + 1}; the "
                              "last checkpoint is kept; try a lower training_args.learning_rate")
         total = loss * len(present) - self._empty_loss() * (~present).sum()
         return total / num_items_in_batch * self.accelerator.num_processes
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """trl's: the mean over the given pairs; of repeated ones nothing counts."""
+        present = torch.tensor(present_rows_of_evaluation(self, len(inputs["input_ids"]) // 2))
+        inputs["completion_mask"][~present.repeat(2)] = 0
+        loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        total = loss * len(present) - self._empty_loss() * int((~present).sum())
+        return total / max(int(present.sum()), 1), *others
 
     def _empty_loss(self) -> float:
         """The loss of a pair whose margin is 0."""
@@ -232,11 +240,7 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         self.log_probs.clear()
         result = super()._compute_loss(model, inputs, return_outputs)
-        real = inputs["completion_mask"].any(1).chunk(2)[0]
-        if not self.model.training:
-            present = present_rows_of_evaluation(self, len(real))
-            real = real & torch.tensor(present, device=real.device)
-        self._count_pairs(real, *self.log_probs)
+        self._count_pairs(inputs["completion_mask"].any(1).chunk(2)[0], *self.log_probs)
         return result
 
     # Metrics

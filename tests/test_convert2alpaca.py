@@ -163,6 +163,9 @@ def test_a_limit_counts_instructions_and_must_be_there(tmp_path):
     assert records == from_ultrafeedback(file, 2)[0]
     with pytest.raises(InputError, match=r"limit is 10; .* has 9 instructions"):
         from_ultrafeedback(file, 10)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: holds no \.jsonl file"):
+        from_ultrafeedback(str(tmp_path / "empty"), 0)
 
 
 def test_command_writes_a_list_and_a_summary(tmp_path, run_cli):
@@ -183,6 +186,7 @@ def test_command_writes_a_list_and_a_summary(tmp_path, run_cli):
     ({"output": "o.json"}, "give either --critiques, or both"),
     ({"output": "o.json", "shepherd_model": "m"}, "give either --critiques, or both"),
     ({"output": "o.json", "critiques": "c", "shepherd_raw": "r"}, "give either --critiques, or"),
+    ({"output": "o.json", "critiques": "c", "limit": 9}, "--limit is for --ultrafeedback alone"),
 ])
 def test_wrong_combinations_of_flags_are_refused(flags, message):
     with pytest.raises(InputError, match=message):

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 import lm.generation
 import self_judge.judgment
+import self_judge.off_policy
 from lm.models import load_model, load_tokenizer
 from lm.records import InputError, read_records
 from lm.templates import prompt_ids
@@ -210,6 +211,23 @@ def test_raft_learns_the_tournaments_winner_and_rest_what_is_above(reference, mo
     assert set(steps[0]) > set(steps[1]) > set(steps[2])
 
 
+@pytest.mark.parametrize(("number", "pairs"), [(2, 1), (3, 1), (5, 1), (9, 2)])
+def test_half_of_the_samples_are_accepted_if_nothing_else_is_told(number, pairs, monkeypatch, model,
+                                                                  files, templates, tmp_path):
+    """However few there are, of which one pair is made at least."""
+    seen = []
+
+    def noted(responses, scores, judge, count, *rest):
+        seen.append(count // 2)
+        return real(responses, scores, judge, count, *rest)
+
+    real = self_judge.off_policy.accepted_pairs
+    monkeypatch.setattr(self_judge.off_policy, "accepted_pairs", noted)
+    label_samples.main(model, files["hh"], str(tmp_path / "rso.jsonl"), "rso", templates,
+                       opponents=1, **FLAGS | {"num_samples": number, "num_accepted": 0})
+    assert seen == [pairs]
+
+
 @pytest.mark.parametrize("done", [0, 7, 30, 47])
 def test_a_run_that_was_stopped_goes_on(done, reference, model, files, templates, tmp_path, asked):
     """After so many lines of the journal, in which all samples are the first 30."""
@@ -271,11 +289,29 @@ def test_prompts_are_those_that_a_run_trains_on(files, model, tmp_path):
     assert [load_tokenizer(model).decode(ids) for ids in queries] == rows["query"]
 
 
+def test_bad_records_are_left_out_as_the_run_left_them_out(model, tmp_path, capsys):
+    """A line that is no JSON, and a record that is no dialogue; one more than allowed is told."""
+    lines = [*map(json.dumps, HH[:2]), '{"chosen": ', json.dumps({"chosen": "Hi.", "rejected": 5})]
+    (tmp_path / "hh.jsonl").write_text("\n".join(lines))
+    run = {"training_args": {"output_dir": "out"}, "self_judge_args": {}, "templates": SYSTEM,
+           "model": {"pretrained_model_name_or_path": model},
+           "dataset": {"path": str(tmp_path / "hh.jsonl"), "skip_bad": 2}}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(run))
+    assert label_samples.read_prompts(str(path), load_templates(SYSTEM), 0)[0] == HH[:2]
+    assert "2 bad records left out" in capsys.readouterr().out
+    run["dataset"]["skip_bad"] = 1
+    path.write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"hh\.jsonl: record 3: field .* \(more than skip_bad 1"):
+        label_samples.read_prompts(str(path), load_templates(SYSTEM), 0)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"select": "rlhf"}, "--select is 'rlhf'; expected one of rso, raft, rest"),
     ({"num_samples": 1}, "--num_samples is 1; expected 2 or more"),
     ({"num_accepted": 6}, r"--num_accepted is 6; expected 2 to num_samples \(5\)"),
     ({"opponents": 9}, "--opponents is 9"), ({"beta": 0.0}, "--beta is 0.0; expected more than 0"),
+    ({"beta": math.nan}, "--beta is nan"),
     ({"thresholds": "0.5,0.4"}, "--thresholds is '0.5,0.4'; expected numbers"),
     ({"thresholds": "high"}, "--thresholds is 'high'"),
     ({"select": "rest", "thresholds": "0.999"}, "nothing is left to learn from .no reward"),

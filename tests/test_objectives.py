@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from training_runs import assert_one_line, in_this_process, losses, watched, write_records
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import finetune_unlikelihood
 from cut import finetune
@@ -242,6 +247,28 @@ def test_refine_asks_once_and_counts(tiny_llama, tmp_path, monkeypatch):
     assert [json.loads(line) for line in output.read_text().splitlines()] == told
 
 
+def test_refine_copies_what_needs_no_refinement_into_a_new_folder(tmp_path):
+    data = write_records(tmp_path / "judged.jsonl", [GOOD, BAD])
+    output = tmp_path / "new" / "refined.jsonl"
+    result = in_this_process(refine.main, "--base_model_name_or_path=none", f"--data_path={data}",
+                             f"--output_path={output}")
+    assert result.code == 0, result.err
+    assert output.read_text() == data.read_text()
+
+
+@pytest.mark.parametrize(("output", "message"), [
+    ("judged.jsonl", "--output_path is --data_path"),
+    ("refined.jsonl.gz", "expected a .jsonl file"),  # it would not be packed
+])
+def test_refine_writes_over_nothing(output, message, tmp_path):
+    data = write_records(tmp_path / "judged.jsonl", RECORDS)
+    before = data.read_bytes()
+    assert_one_line(in_this_process(
+        refine.main, "--base_model_name_or_path=none", f"--data_path={data}",
+        f"--output_path={tmp_path / output}"), message)
+    assert data.read_bytes() == before and not (tmp_path / "refined.jsonl.gz").exists()
+
+
 # --- DPO ------------------------------------------------------------------------------------
 
 
@@ -253,6 +280,15 @@ def test_pairs_by_score_are_all_pairs_of_unequal_reward():
     assert pairs == {("b", "a"), ("c", "a"), ("d", "a"), ("b", "d"), ("c", "d")}
     with pytest.raises(InputError, match="alone: field 'score' is missing"):
         higher_scores_preferred([replace(other, score=None)])
+
+
+def test_dpo_asks_for_scores_and_no_judgment(tiny_llama, tmp_path):
+    """A failed judgment is no reason to leave out a response that has a score."""
+    failed = {**ALSO_BAD, "judgment": "$ERROR$"}
+    data = write_records(tmp_path / "data.jsonl", [GOOD, failed])
+    result = in_this_process(finetune_unlikelihood.main, *settings_of(
+        tiny_llama, data, tmp_path / "run", objective="dpo"), "--dry_run")
+    assert result.code == 0 and "objective: dpo, 1 pairs" in result.out, result.err
 
 
 def test_a_pair_has_one_prompt_however_long_its_responses(tokenizer):
@@ -335,6 +371,21 @@ def test_dpo_by_its_equation(tiny_llama, tokenizer, tmp_path, monkeypatch):
     assert got == pytest.approx(expected, abs=1e-5) and got < first
 
 
+def test_dpo_trains_a_mixture_of_experts(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
+    for saved in (MixtralForCausalLM(config), tokenizer):
+        saved.save_pretrained(tmp_path / "moe")
+    data = write_records(tmp_path / "data.jsonl", [BAD, ALSO_BAD])
+    result = in_this_process(finetune_unlikelihood.main, *settings_of(
+        tmp_path / "moe", data, tmp_path / "run", objective="ilf_dpo", max_steps=1,
+        lora_target_modules="q_proj"))
+    assert result.code == 0, result.err
+    assert losses(tmp_path / "run") == pytest.approx([math.log(2)], abs=1e-5)
+
+
 @pytest.mark.parametrize(("records", "flags", "message"), [
     ([BAD], {"objective": "mle"}, "--objective mle finds nothing to learn"),
     ([GOOD, {**BAD, "score": 2}], {"objective": "dpo"}, "--objective dpo finds nothing to learn"),
@@ -342,6 +393,9 @@ def test_dpo_by_its_equation(tiny_llama, tokenizer, tmp_path, monkeypatch):
     (RECORDS, {"objective": "mle", "visualize": 1}, "--visualize shows what CUT flags"),
     (RECORDS, {"objective": "dpo", "group_by_length": True}, "not for --objective dpo"),
     (RECORDS, {"objective": "dpo", "beta": -1}, "--beta is -1; expected 0 or more"),
+    (RECORDS, {"objective": "dpo", "beta": 0}, "--beta is 0, at which nothing is learnt"),
+    (RECORDS, {"objective": "dpo", "downsample": 0.25}, "--downsample leaves out responses by"),
+    (RECORDS, {"objective": "ilf_mle", "as_released": True}, "leave it out with --objective ilf_m"),
 ])
 def test_what_cannot_be_trained_is_one_line(records, flags, message, tiny_llama, tmp_path):
     data = write_records(tmp_path / "data.jsonl", records)

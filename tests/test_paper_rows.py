@@ -200,6 +200,39 @@ def test_every_variable_of_the_recipe_counts(recipe):
         assert commands_of(rest) != commands_of(recipe), variable[0]
 
 
+def test_a_dry_run_shows_what_replaces_the_shell_too():
+    (words,) = commands_of("bash scripts/chat.sh runs/none --template chat")
+    assert words == ["python", "scripts/chat.py", "--model", "runs/none", "--template", "chat"]
+
+
+def test_without_principles_is_a_zero_too():
+    recipe = "bash scripts/self_judge_uf.sh"
+    assert commands_of(f"PRINCIPLES=0 {recipe}") == commands_of(recipe)
+
+
+@pytest.mark.parametrize("data", ["hh", "uf"])
+def test_flags_of_the_labels_reach_them(data):
+    (words,) = (words for words in commands_of("METHOD=rest LABEL_FLAGS='--thresholds 0.5 --beta 1'"
+                                               f" bash scripts/self_judge_{data}.sh")
+                if script_of(words) == "scripts/label_samples.py")
+    assert (flags_of(words)["thresholds"], flags_of(words)["beta"]) == ("0.5", "1")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_step_reads_what_an_earlier_one_wrote(recipe):
+    """Of what is below runs/; or what another row's recipe makes, as the round before does."""
+    written = {f"runs/{row['run']}/model" for row in ROWS if row["recipe"] != recipe}
+    for words in commands_of(recipe):
+        after = words[words.index(script_of(words)) + 1:]
+        given = flags_of(words) | dict(word.split("=", 1) for word in after
+                                       if "=" in word and not word.startswith("--"))
+        own = {name: Path(value) for name, value in given.items() if value.startswith("runs/")}
+        outputs = {name for name in own if re.search(r"output|samples_path", name)}
+        for name in own.keys() - outputs:
+            assert {str(own[name]), *map(str, own[name].parents)} & written, (name, own[name])
+        written |= {str(own[name]) for name in outputs}
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["run"])
 def test_the_recipe_makes_what_the_row_measures(row):
     model = Path(row.get("model", f"runs/{row['run']}/model"))

@@ -551,6 +551,16 @@ def test_given_pairs_are_cut_in_training_as_in_evaluation(make):
         assert torch.equal(batch[name][[0, 4]], expected[name])
 
 
+@pytest.mark.parametrize("pairs", ["sampled", "given"])
+def test_the_rows_of_training_can_be_those_of_evaluation(pairs, make, script):
+    """The same object: numbered for training, given pairs for evaluation."""
+    from datasets import Dataset
+    rows = Dataset.from_list(GIVEN[:4])
+    trainer = make(pairs=pairs, train_dataset=rows, eval_dataset=rows)
+    assert "index" in trainer.train_dataset.column_names
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2))
+
+
 def test_given_pairs_are_never_longer_than_the_models_context(make):
     """The tiny model's table ends at 1024 positions; max_length 2048 is the published default."""
     trainer = make(max_length=2048, eval_dataset=[{**ROWS[0], "chosen": "on the mat " * 600}])
@@ -756,5 +766,5 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
     for name in ("loss", "grad_norm", "rewards/margins", "response_length/chosen"):
         assert [entry[name] for entry in offline[:-1]] == pytest.approx(
             [entry[name] for entry in alone[:-1]], rel=1e-3, abs=1e-5), name
-    for name in PER_PAIR:  # of five pairs
+    for name in ("loss", *PER_PAIR):  # of five pairs
         assert offline[-1][f"eval_{name}"] == pytest.approx(alone[-1][f"eval_{name}"], rel=1e-3)
