@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests, as CI runs them: bash scripts/test.sh [pytest arguments]
-# Needs Python >= 3.11 with venv, and no GPU; the network only for the installs. About 12 minutes with them.
+# Needs Python >= 3.11 with venv, and no GPU; the network only for the installs. About 10 minutes with them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
