@@ -1,6 +1,6 @@
 """The small-scale study: every table and figure of both papers, on one machine, without an API key.
 
-    bash scripts/tables.sh --size smoke                    # two CPU cores, 20 minutes
+    bash scripts/tables.sh --size smoke                    # two CPU cores, 15 minutes
     bash scripts/tables.sh --size cpu                      # two CPU cores, a night
     bash scripts/tables.sh --size cpu --only "base|cut.*" --dry_run
     python scripts/tables.py --report_only                 # results/*.json -> results/README.md

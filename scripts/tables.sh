@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of both papers at small scale, on one machine, without an API key.
 #
-#   bash scripts/tables.sh --size smoke      # 20 minutes on two cores: does everything run?
+#   bash scripts/tables.sh --size smoke      # 15 minutes on two cores: does everything run?
 #   bash scripts/tables.sh --size cpu        # a night on two cores: results/README.md
 #   bash scripts/tables.sh --size gpu        # an hour on one H100 (an estimate: not run yet)
 #   bash scripts/tables.sh --size cpu --only "table2|table4" --jobs 2
