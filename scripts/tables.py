@@ -3,6 +3,7 @@
     bash scripts/tables.sh --size smoke                    # two CPU cores, 15 minutes
     bash scripts/tables.sh --size cpu                      # two CPU cores, a night
     bash scripts/tables.sh --size cpu --only "base|cut.*" --dry_run
+    bash scripts/tables.sh --size cpu --go_on              # what results/cpu.json does not hold
     python scripts/tables.py --report_only                 # results/*.json -> results/README.md
 
 configs/tables.yaml names the rows, their commands and the sizes. A cell is a row with a seed, or a
@@ -18,6 +19,7 @@ All figures go to results/SIZE.json; the report is made from these files alone.
 import os
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +38,10 @@ from scripts.tables_cells import (
     do,
     gpu,
     is_done,
+    key_of,
     needs,
     plan,
+    result_of,
     share,
 )
 
@@ -48,7 +52,8 @@ CONFIG = "configs/tables.yaml"
 
 
 def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
-         dry_run: bool = False, report_only: bool = False, config: str = CONFIG,
+         go_on: bool = False, dry_run: bool = False, report_only: bool = False,
+         config: str = CONFIG,
          output_dir: str = "runs/tables", results: str = "results") -> None:
     """Run the cells that are missing, then write the report.
 
@@ -58,6 +63,9 @@ def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
             what they build on is run too. Empty is all.
         jobs: cells at a time; 0 is one a core, or one on a GPU.
         threads: of each cell; 0 shares the cores among the jobs.
+        go_on: take the cells of RESULTS/SIZE.json for done, whose folders may be on another
+            machine, where they were made of the same commands and inputs; one whose folder another
+            cell reads is run again.
         dry_run: print the commands of what is missing, and stop.
         report_only: run nothing; make the report from the results that are there.
         config: rows, commands and sizes.
@@ -65,6 +73,9 @@ def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
         results: folder of the figures and the report.
     """
     study = load_study(config, size, output_dir)
+    path = Path(results) / f"{size}.json"
+    if go_on:
+        study = replace(study, results=published(path)["cells"])
     cells = plan(study, only)
     if dry_run:
         return show(study, cells)
@@ -73,7 +84,7 @@ def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
         jobs, threads = shared_out(jobs, threads)
         print(f"{len(cells)} cells, {jobs} at a time, {threads} threads each", flush=True)
         failed = run_all(study, cells, jobs, threads)
-        collect(study, Path(results) / f"{size}.json")
+        collect(study, path)
     tables_report.write(study.settings, Path(results))
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
@@ -118,11 +129,12 @@ def run_all(study: Study, cells: list[Cell], jobs: int, threads: int) -> dict[st
     from tqdm import tqdm
 
     waiting, running, done, failed = list(cells), {}, set(), {}
+    planned = {cell.name for cell in cells}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="cell") as bar:
         try:
             while waiting or running:
                 for cell in list(waiting):
-                    needed = {other.name for other in needs(study, cell)}
+                    needed = {other.name for other in needs(study, cell)} & planned
                     if lost := sorted(needed & failed.keys()):
                         failed[cell.name] = f"needs {lost[0]}"
                         bar.update()
@@ -165,26 +177,34 @@ def told(study: Study, cell: Cell, record: Record) -> str:
     return f"{100 * share(figure):.1f} %" if figure else "done"
 
 
+def published(path: Path) -> Record:
+    """The results that are there."""
+    return read_manifest(path) or {"cells": {}, "versions": {}}
+
+
 def collect(study: Study, path: Path) -> None:
     """Write the figures of all cells that are there; the report needs nothing else.
 
-    Figures of a cell whose folder is gone, of another machine or an earlier night, are kept.
+    Figures of a cell whose folder is gone, of another machine or an earlier night, are kept as
+    long as it would be made of the same.
     """
-    before = read_manifest(path) or {"cells": {}, "versions": {}}
+    before = published(path)
+    study = replace(study, results=before["cells"])
     found, versions = {}, before["versions"]
-    for cell in plan(study):
+    for cell in plan(replace(study, results={})):
         folder = study.folder_of(cell)
         record, failure = (read_manifest(folder / name) for name in ("cell.json", "failed.json"))
         if record and is_done(study, cell):
             found[cell.name] = {"row": cell.row, "part": cell.part, **{
                 key: record[key] for key in ("figures", "tokens", "seconds", "finished",
                                              "git_revision", "machine")},
-                "learning_rate": record["settings"]["learning_rate"]}
+                "learning_rate": record["settings"]["learning_rate"],
+                "made_of": key_of(study, cell)}
             versions = record["versions"]
         elif failure:
             found[cell.name] = {"row": cell.row, "part": cell.part, **failure}
-        elif cell.name in before["cells"] and not folder.exists():
-            found[cell.name] = before["cells"][cell.name]
+        elif not folder.exists() and (result := result_of(study, cell)):
+            found[cell.name] = result
     if found:
         write_json(path, {"size": study.size, "model": study.settings["model"],
                           "versions": versions, "values": dict(study.values), "cells": found})

@@ -5,6 +5,7 @@
 #   bash scripts/tables.sh --size cpu        # a night on two cores: results/README.md
 #   bash scripts/tables.sh --size gpu        # an hour on one H100 (an estimate: not run yet)
 #   bash scripts/tables.sh --size cpu --only "table2|table4" --jobs 2
+#   bash scripts/tables.sh --size cpu --go_on  # only what results/cpu.json does not hold
 #
 # Rows, sizes and commands stand in configs/tables.yaml. Money: none. Memory: 4 GB a core. Killed,
 # the same command goes on; scripts/tables.py documents the flags.

@@ -7,6 +7,7 @@ was made of and what it measured.
 
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,8 @@ from lm.stages import digest, locked, made_of, read_manifest
 
 # Keys of a row that are no values for its commands.
 NO_VALUES = ("recipe", "once", "rates", "tuned_as", "measure")
+
+DATA_FILES = (".json", ".jsonl", ".yaml")
 
 
 class CellFailed(Exception):
@@ -55,6 +58,7 @@ class Study:
     size: str
     folder: Path
     running: set = field(default_factory=set)  # processes, to be ended with this one
+    results: Mapping[str, Record] = field(default_factory=dict)  # of cells whose folders are gone
 
     @property
     def values(self) -> Mapping:
@@ -90,7 +94,10 @@ def cells_of(study: Study, row: str) -> list[Cell]:
 
 
 def plan(study: Study, only: str = "") -> list[Cell]:
-    """The cells of the chosen rows and all that they need: once, trials, first seed, second ..."""
+    """The cells of the chosen rows and all that they need: once, trials, first seed, second ...
+
+    Those with a result are left out, unless another one reads their folder.
+    """
     chosen = [row for row in study.rows if not only or any(
         re.fullmatch(only, name) for name in (row, *tables_of(study, row)))]
     if not chosen:
@@ -99,11 +106,14 @@ def plan(study: Study, only: str = "") -> list[Cell]:
                          f"{', '.join([*study.rows, *tables])}")
     wanted: dict[Cell, None] = {}
 
-    def want(cell: Cell) -> None:
-        if cell not in wanted:
-            for other in needs(study, cell):
-                want(other)
-            wanted[cell] = None
+    def want(cell: Cell, folder: bool = False) -> None:
+        if cell in wanted or (result_of(study, cell) and not folder):
+            return
+        for other in trials_of(study, cell):
+            want(other)
+        for other in sources_of(study, cell):
+            want(other, folder=True)
+        wanted[cell] = None
 
     for row in chosen:
         for cell in cells_of(study, row):
@@ -136,10 +146,19 @@ class Others:
 
 def needs(study: Study, cell: Cell) -> list[Cell]:
     """The cells that must be done before this one."""
+    return trials_of(study, cell) + sources_of(study, cell)
+
+
+def trials_of(study: Study, cell: Cell) -> list[Cell]:
+    """The trials that choose a cell's learning rate."""
     tuned = study.rows[cell.row].get("tuned_as", cell.row)
-    trials = [] if cell.rate or cell.part == "once" else [
+    return [] if cell.rate or cell.part == "once" else [
         other for other in cells_of(study, tuned) if other.rate]
-    return trials + list(dict.fromkeys(render(study, cell, "-")[1]))
+
+
+def sources_of(study: Study, cell: Cell) -> list[Cell]:
+    """The cells whose folders a cell's commands read."""
+    return list(dict.fromkeys(render(study, cell, "-")[1]))
 
 
 def commands_of(study: Study, cell: Cell) -> list[str]:
@@ -168,8 +187,7 @@ def render(study: Study, cell: Cell, rate: str) -> tuple[list[str], list[Cell]]:
 def chosen_rate(study: Study, row: str) -> str:
     """The learning rate whose trial was best; of equal ones the first listed."""
     row = study.rows[row].get("tuned_as", row)
-    trials = {cell.rate: read_manifest(study.folder_of(cell) / "cell.json")
-              for cell in cells_of(study, row) if cell.rate}
+    trials = {cell.rate: record_of(study, cell) for cell in cells_of(study, row) if cell.rate}
     if None in trials.values() or not trials:  # not known yet, or nothing to choose from
         return next(iter(study.rates(row)), "")
     measure = study.measure(row)
@@ -178,6 +196,35 @@ def chosen_rate(study: Study, row: str) -> str:
 
 def share(figure: Mapping) -> float:
     return figure["hits"] / figure["total"]
+
+
+def record_of(study: Study, cell: Cell) -> Record | None:
+    """What a finished cell measured; None where it is not done."""
+    return read_manifest(study.folder_of(cell) / "cell.json") or result_of(study, cell)
+
+
+def result_of(study: Study, cell: Cell) -> Record | None:
+    """A cell's result, if it was made as the cell would be made now, its trials' too."""
+    found = study.results.get(cell.name, {})
+    if "figures" in found and found.get("made_of") == key_of(study, cell) and all(
+            record_of(study, trial) for trial in trials_of(study, cell)):
+        return found
+    return None
+
+
+def key_of(study: Study, cell: Cell) -> str:
+    """A sha256 of all that a cell is made of, code apart; the same on any machine.
+
+    It needs no other cell's folder: what such a cell is made of stands for what it made.
+    """
+    own = str(study.folder)
+    inputs = {name: digest(path) for name, path in inputs_of(study, cell).items()
+              if not Path(path).is_relative_to(REPOSITORY / own)}
+    settings = settings_of(study, cell)
+    settings["commands"] = [command.replace(own, "") for command in settings["commands"]]
+    sources = {other.name: key_of(study, other) for other in sources_of(study, cell)}
+    return hashlib.sha256(json.dumps([settings, inputs, sources], sort_keys=True).encode()
+                          ).hexdigest()
 
 
 def settings_of(study: Study, cell: Cell) -> dict:
@@ -198,7 +245,7 @@ def inputs_of(study: Study, cell: Cell) -> dict[str, str]:
         if word.startswith(own) or word.endswith(".py") or not path.exists():
             continue
         files = [path] if path.is_file() or list(path.glob("*.safetensors")) else [
-            file for file in sorted(path.iterdir()) if file.suffix in (".json", ".jsonl")]
+            file for file in sorted(path.rglob("*")) if file.suffix in DATA_FILES]
         found |= {os.path.relpath(file, REPOSITORY): str(file) for file in files}
     return found
 

@@ -6,7 +6,7 @@ files give the same bytes.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lm.records import InputError, Record, write_text
@@ -189,7 +189,8 @@ def missing(settings: Mapping, told: Record, listed: Mapping) -> Iterator[str]:
         if cell["row"] == row and "figures" in cell}]
     if lacking:
         yield from ("Missing cells come from:", "", "```bash",
-                    f'bash scripts/tables.sh --size {told["size"]} --only "{"|".join(lacking)}"',
+                    f'bash scripts/tables.sh --size {told["size"]} --go_on '
+                    f'--only "{"|".join(lacking)}"',
                     "```", "")
 
 
@@ -207,7 +208,8 @@ def trials(settings: Mapping, told: Record) -> Iterator[str]:
                 "shows; the best is used for all seeds, of equal ones the first. All methods had "
                 "as many trials; ablations and amounts of data take the rate of their full "
                 "method. Nothing else was searched here: the other settings are the quickstarts', "
-                "which were chosen for CUT and for SELF-JUDGE.", "")
+                "which were chosen for CUT and for SELF-JUDGE. Beyond the largest or the smallest "
+                "there may be a better one.", "")
     rows = []
     for row, given in settings["rows"].items():
         cells = [cell for cell in told["cells"].values()
@@ -217,13 +219,21 @@ def trials(settings: Mapping, told: Record) -> Iterator[str]:
         if not used:
             continue
         measure = given.get("measure", settings["recipes"][given["recipe"]].get("measure"))
-        tried = {cell["learning_rate"]: cell["figures"][measure] for cell in cells
+        known = {cell["learning_rate"]: cell["figures"][measure] for cell in cells
                  if cell["part"].startswith("trial")}
-        tried = ", ".join(f"{rate}: {percent(tried[rate]):.1f}"
-                          for rate in map(str, given.get("rates", [])) if rate in tried)
-        how = tried or (f"as {given['tuned_as']}" if "tuned_as" in given else "not searched")
-        rows.append([row, how, ", ".join(used)])
+        tried = {rate: known[rate] for rate in map(str, given.get("rates", [])) if rate in known}
+        how = ", ".join(f"{rate}: {percent(figure):.1f}" for rate, figure in tried.items()) or (
+            f"as {given['tuned_as']}" if "tuned_as" in given else "not searched")
+        rows.append([row, how, ", ".join(used) + at_the_edge(tried, used)])
     yield from markdown_table(["row", "tried: validation, %", "used"], rows)
+
+
+def at_the_edge(tried: Iterable[str], used: Sequence[str]) -> str:
+    """Whether the best learning rate is the last one in its direction."""
+    rates = sorted(map(float, tried))
+    if len(used) != 1 or len(rates) < 2:
+        return ""
+    return {rates[-1]: " (the largest)", rates[0]: " (the smallest)"}.get(float(used[0]), "")
 
 
 def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) -> None:

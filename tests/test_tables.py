@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,45 @@ def test_figures_outlive_their_folders(tmp_path):
     both = json.loads(results.read_text())["cells"]
     assert sorted(both) == ["one/seed0", "one/seed1", "two/seed0", "two/seed1"]
     assert {name: both[name] for name in ones} == ones
+
+
+def test_going_on_runs_what_the_results_lack(tmp_path):
+    """On another machine: no folder is there, but the results are."""
+    rows = {"source": {"recipe": "measured", "once": True},
+            "one": {"recipe": "measured", "rates": ["1", "2"], "first": "print({rate})"},
+            "two": {"recipe": "measured", "first": "open('{of[source]}/a.results.json')"}}
+    given = study(tmp_path, rows)
+    run_all(given, "source|one")
+    tables.collect(given, tmp_path / "small.json")
+    other = replace(study(tmp_path / "elsewhere", rows),
+                    results=tables.published(tmp_path / "small.json")["cells"])
+
+    def planned(only: str = "") -> list[str]:
+        return [cell.name for cell in plan(other, only)]
+
+    assert planned("one") == []
+    assert planned("two") == ["source/once", "two/seed0", "two/seed1"]  # its folder is read
+    assert run_all(other) == {}
+    assert sorted(path.parent.name for path in other.folder.rglob("cell.json")) == [
+        "once", "seed0", "seed1"]
+    rows["one"]["first"] = "print({rate}, {seed})"
+    assert planned("one") == ["one/trial-1", "one/trial-2", "one/seed0", "one/seed1"]
+    rows["one"]["first"] = "print({rate})"
+    del other.results["one/trial-2"]
+    assert planned("one") == ["one/trial-2", "one/seed0", "one/seed1"]
+    rows["source"]["first"] = "1"
+    assert planned("two")[0] == "source/once"
+
+
+def test_results_of_other_settings_are_dropped(tmp_path):
+    rows = {"one": {"recipe": "measured"}, "two": {"recipe": "measured"}}
+    given = study(tmp_path, rows)
+    run_all(given)
+    tables.collect(given, tmp_path / "small.json")
+    shutil.rmtree(given.folder)
+    rows["two"]["held"] = "[1, 1]"
+    tables.collect(given, tmp_path / "small.json")
+    assert list(tables.published(tmp_path / "small.json")["cells"]) == ["one/seed0", "one/seed1"]
 
 
 def test_a_changed_cell_is_run_anew_beside_the_former(tmp_path, capsys):
