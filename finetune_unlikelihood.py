@@ -80,7 +80,8 @@ def main(
         num_epochs: Passes over the data.
         learning_rate: Peak of the schedule (it is reached after warmup_steps).
         cutoff_len: Longest row in tokens; longer ones lose the start of their instruction.
-        val_set_size: Examples held out for validation; a fraction if below 1.
+        val_set_size: Records held out for validation, or instructions of DPO's pairs; a fraction if
+            below 1.
         lr_scheduler: A transformers schedule, such as cosine, linear or constant_with_warmup.
         warmup_steps: Steps in which the learning rate climbs to its peak.
         lora_r: Rank of the LoRA update.

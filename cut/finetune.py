@@ -97,10 +97,10 @@ def load_data(settings: SimpleNamespace) -> Data:
     examples, counts = examples_of(read_records(settings.data_path), settings.data_path,
                                    downsample=settings.downsample, as_released=keep_failed,
                                    contrast=settings.weight_unlike > 0 and objective.contrasts)
-    examples, rows = _learnt(settings, examples, tokenizer)
+    examples, rows, sources = _learnt(settings, examples, tokenizer)
     if settings.debug:
-        examples, rows = examples[:DEBUG_EXAMPLES], rows[:DEBUG_EXAMPLES]
-    held_out = _held_out(len(rows), settings.val_set_size)
+        examples, rows, sources = (made[:DEBUG_EXAMPLES] for made in (examples, rows, sources))
+    held_out = _held_out(sources, settings.val_set_size)
     trained = [index for index in range(len(rows)) if index not in held_out]
     if runs.is_main():
         print(f"data: {counts}\nobjective: {settings.objective}, {len(rows)} "
@@ -115,22 +115,28 @@ def load_data(settings: SimpleNamespace) -> Data:
 
 
 def _learnt(settings: SimpleNamespace, examples: list[Example],
-            tokenizer) -> tuple[list[Example], list[Rows]]:
-    """What the objective makes of the records' examples; pairs for DPO are rows alone."""
+            tokenizer) -> tuple[list[Example], list[Rows], list[str]]:
+    """What the objective makes of the records' examples; pairs for DPO are rows alone.
+
+    The last list says what each is made of, a record or, of pairs, an instruction: all of one
+    source is validated on, or none.
+    """
     objective, template = OBJECTIVES[settings.objective], load_template(
         settings.prompt_template_name)
     if objective.compare:
         examples, preferences = [], objective.compare(examples)
         rows = [preference_rows(preference, template, tokenizer, settings.cutoff_len)
                 for preference in preferences]
+        sources = [preference.instruction for preference in preferences]
     else:
         examples = learnt(objective, examples, settings.without)
         rows = [rows_of(example, template, tokenizer, settings.cutoff_len,
                         settings.train_on_inputs) for example in examples]
+        sources = [example.record for example in examples]
     if not rows:
         raise InputError(f"{settings.data_path}: --objective {settings.objective} finds nothing to "
                          "learn in these records; cut/objectives.py says what it learns from")
-    return examples, rows
+    return examples, rows, sources
 
 
 def open_run(settings: SimpleNamespace, free: tuple[str, ...]) -> str | None:
@@ -327,11 +333,14 @@ def _accumulation(settings: SimpleNamespace) -> int:
     return settings.batch_size // together
 
 
-def _held_out(count: int, size: float) -> set[int]:
+def _held_out(sources: Sequence[str], size: float) -> set[int]:
     """Indices of the validation examples, the same whatever the training seed."""
-    wanted = int(count * size) if size < 1 else int(size)
+    distinct = list(dict.fromkeys(sources))
+    wanted = int(len(distinct) * size) if size < 1 else int(size)
     if size and not wanted:
-        raise InputError(f"--val_set_size {size} holds out nothing of {count} examples")
-    if wanted >= count:
-        raise InputError(f"--val_set_size {size} leaves nothing of {count} examples to train on")
-    return set(random.Random(42).sample(range(count), wanted))
+        raise InputError(f"--val_set_size {size} holds out nothing of {len(distinct)} records")
+    if wanted >= len(distinct):
+        raise InputError(f"--val_set_size {size} leaves nothing of {len(distinct)} records to "
+                         "train on")
+    drawn = {distinct[index] for index in random.Random(42).sample(range(len(distinct)), wanted)}
+    return {index for index, source in enumerate(sources) if source in drawn}

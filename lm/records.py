@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -20,6 +21,8 @@ from types import NoneType
 Record = dict
 TYPE_NAMES = {str: "text", NoneType: "null", int: "a number", float: "a number",
               list: "a list", dict: "an object", bool: "true or false"}
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class InputError(Exception):
@@ -46,6 +49,10 @@ def read_records(source: str | Path, split: str = "train", data_dir: str | None 
         if not isinstance(record, dict | _Unreadable):
             records[index] = _Unreadable(f"{source}: record {index}: is {_type_name(record)}; "
                                          "expected a JSON object")
+        elif isinstance(record, dict) and (field := _no_text(record)):
+            records[index] = _Unreadable(f"{source}: record {index}: field '{field}' has half of a "
+                                         "surrogate pair (such as \\ud83d), which is no text; "
+                                         "mend or delete that record")
     broken = [record.reason for record in records if isinstance(record, _Unreadable)]
     if broken and bad is None:
         raise InputError(broken[0])
@@ -184,6 +191,16 @@ def _read_hub(name: str, split: str, data_dir: str | None = None) -> list[Record
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: not a file here, and the Hub dataset cannot be read "
                          f"({reason})") from error
+
+
+def _no_text(record: Record) -> str | None:
+    """The first field that cannot be written as UTF-8: JSON can spell half of a character."""
+    for field, value in record.items():
+        text = value if isinstance(value, str) else json.dumps(
+            value, ensure_ascii=False, default=str)
+        if not text.isascii() and SURROGATE.search(text):
+            return field
+    return None
 
 
 def looks_like_hub_id(source: str) -> bool:

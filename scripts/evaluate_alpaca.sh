@@ -25,10 +25,11 @@ TEMPLATE=${TEMPLATE:-alpaca}
 LIMIT=${LIMIT:-0}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
 MAX_COST=${MAX_COST:-0}                    # dollars; 0 is no limit
+GENERATE=${GENERATE:-}                     # further flags of generate.py: "--load_in 8bit" for 70B
 
 python scripts/generate.py --base_model_name_or_path "$MODEL" --template "$TEMPLATE" \
     --output_path "$OUTPUTS" --max_new_tokens "$MAX_NEW_TOKENS" --limit "$LIMIT" \
-    ${PROMPTS:+--data_path "$PROMPTS"}
+    ${PROMPTS:+--data_path "$PROMPTS"} $GENERATE
 python scripts/evaluate_alpaca.py --model_outputs "$OUTPUTS" --annotator "$ANNOTATOR" \
     --max_cost "$MAX_COST" ${JUDGE_MODEL:+--judge_model "$JUDGE_MODEL"} \
     ${BASE_URL:+--base_url "$BASE_URL"} ${REFERENCE:+--reference_outputs "$REFERENCE"}

@@ -48,7 +48,8 @@ MEASURES = {
     "truthfulqa": _ranking("TruthfulQA, 0-shot", "truthfulqa_mc2:0:acc"),
     "alpaca": Measure(
         "AlpacaEval", "{run}/alpaca_eval/alpaca_eval_gpt4/results.json", ("win_rate",),
-        "OUTPUTS={folder}/{run}/alpaca_eval.json bash scripts/evaluate_alpaca.sh {model}"),
+        "{generate}OUTPUTS={folder}/{run}/alpaca_eval.json bash scripts/evaluate_alpaca.sh "
+        "{model}"),
     "alpaca_greedy": Measure(
         "AlpacaEval", "{run}/greedy/alpaca_eval_gpt4/results.json", ("win_rate",),
         "python scripts/evaluate_alpaca.py --model_outputs {folder}/{run}/greedy.json"),
@@ -110,9 +111,10 @@ def commands_for(root: Path, row: Record, measures: Sequence[Measure],
                  ours: Sequence[str | None]) -> Iterator[str]:
     """The recipe, unless its weights are there, and what measures each missing number."""
     model = row.get("model", f"{root}/{row['run']}/model")
+    generate = f"GENERATE='{row['generate']}' " if "generate" in row else ""
     if "recipe" in row and not Path(model).is_dir():
         yield row["recipe"]
     for measure, mine in zip(measures, ours, strict=True):
         if mine is None and measure.command:
             yield measure.command.format(folder=root, model=model, run=row["run"],
-                                         name=row["run"].replace("/", "-"))
+                                         name=row["run"].replace("/", "-"), generate=generate)

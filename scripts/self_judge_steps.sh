@@ -2,6 +2,16 @@
 # DATASET of overrides that name the data, are the recipe's own. SECTION is what the trainings read
 # as their templates.
 
+# Micro-batches a step, so that it has as many examples on GPUS GPUs as on the papers' 8.
+accumulation() {
+    if [ $((8 % GPUS)) != 0 ]; then
+        echo "error: GPUS=$GPUS does not divide 8: set ACCUMULATION too, and the examples of a" \
+            "GPU by OVERRIDES=training_args.per_device_train_batch_size=N" >&2
+        return 1
+    fi
+    echo $((8 / GPUS))
+}
+
 launch() { # ACCELERATE_YAML SCRIPT FLAGS...
     if [ "$GPUS" = 1 ]; then python "${@:2}"; else
         accelerate launch --config_file="$1" --num_processes "$GPUS" "${@:2}"

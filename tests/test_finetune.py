@@ -417,6 +417,17 @@ def test_validation_tracker_grouping_and_inputs(train, tmp_path):
     assert not list(plain.rglob("events.*"))
 
 
+def test_what_one_record_teaches_is_held_out_together(train):
+    """Forward prediction makes two examples of a judged record."""
+    result = train("--dry_run", objective="forward", val_set_size=12)
+    assert "24 records: 16 negative" in result.out and "forward, 40 examples" in result.out
+    (held_out,) = re.findall(r"validation: (\d+) examples", result.out)
+    sources = [str(number // 2) for number in range(40)]
+    split = finetune._held_out(sources, 0.5)
+    assert 12 < int(held_out) < 24 and len(split) == 20
+    assert all((number in split) == (number ^ 1 in split) for number in range(40))
+
+
 def test_debug_is_two_steps_of_sixteen_examples(train):
     result = train(debug=True, logging_steps=10)
     assert "trained 2 steps on 16 examples" in result.out
@@ -541,8 +552,8 @@ def test_bad_data(name, train, tmp_path):
     ({"load_in": "8bit", "full_finetune": True}, "--full_finetune cannot train --load_in 8bit"),
     ({"report_to": "paper"}, "report_to 'paper': unknown; use none, all, or some of azure_ml"),
     ({"lr_scheduler": "cosin"}, "cosin is not a valid SchedulerType"),
-    ({"val_set_size": 24}, "--val_set_size 24 leaves nothing of 24 examples to train on"),
-    ({"val_set_size": 0.01}, "--val_set_size 0.01 holds out nothing of 24 examples"),
+    ({"val_set_size": 24}, "--val_set_size 24 leaves nothing of 24 records to train on"),
+    ({"val_set_size": 0.01}, "--val_set_size 0.01 holds out nothing of 24 records"),
     ({"lora_r": 0}, "--lora_r is 0; expected 1 or more"),
     ({"learning_rate": "fast"}, "--learning_rate is 'fast'; expected float"),
     ({"learning_rate": -1}, "--learning_rate is -1; expected 0 or more"),

@@ -173,6 +173,19 @@ def test_self_judge_recipe(run_recipe, recipe, name, data, judges, prompts, tmp_
         assert len(answers) == 3 and {answer["generator"] for answer in answers} == {generator}
 
 
+def test_the_papers_batch_is_kept_or_asked_for():
+    """Micro-batches a step on fewer GPUs; where there is no whole number of them, one line."""
+    def accumulation(gpus: int) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-c", "source scripts/self_judge_steps.sh; accumulation"],
+                              cwd=ROOT, env={**os.environ, "GPUS": str(gpus)},
+                              capture_output=True, text=True)
+
+    assert [accumulation(gpus).stdout for gpus in (1, 2, 8)] == ["8\n", "4\n", "1\n"]
+    for gpus in (3, 16):
+        refused = accumulation(gpus)
+        assert refused.returncode and refused.stderr.startswith(f"error: GPUS={gpus} does not")
+
+
 def test_quickstart_and_again(run_recipe, tiny_llama, prompts, tmp_path):
     """The newcomer's command; typed again it trains and generates nothing anew."""
     out = tmp_path / "out"

@@ -46,6 +46,8 @@ def test_lists_and_lines_plain_and_compressed(name, text, tmp_path):
     ('{"a": 1}\n7\n', "record 1: is a number; expected a JSON object"),
     ('[{"a": 1}, null]', "record 1: is null; expected a JSON object"),
     ('"text"', "record 0: is text; expected a JSON object"),
+    ('{"a": "\\ud83d\\ude00"}\n{"a": "", "b": ["\\ud83d"]}\n',
+     "record 1: field 'b' has half of a surrogate pair"),
 ])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
 def test_bad_content_is_one_line(content, message, suffix, tmp_path):

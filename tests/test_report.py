@@ -190,6 +190,13 @@ def test_the_commands_for_missing_numbers_exist(tmp_path):
     assert len(commands) > 40
     scripts = {"evaluate_ranking": evaluate_ranking, "evaluate_alpaca": evaluate_alpaca,
                "evaluate_summarization": evaluate_summarization}
+    assert {command for command in commands if "70b" in command} == {
+        f"GENERATE='--load_in 8bit' OUTPUTS={tmp_path}/{run}/alpaca_eval.json "
+        f"bash scripts/evaluate_alpaca.sh {model}" for run, model in (
+            ("llama2-70b-chat", "meta-llama/Llama-2-70b-chat-hf"),
+            ("cut-llama2-70b-chat", f"{tmp_path}/cut-llama2-70b-chat/model"))} | {
+        line["recipe"] for listed in TABLES for line in listed["rows"]
+        if "70b" in line.get("recipe", "")}
     for command in commands:
         words = [word for word in shlex.split(command) if "=" not in word]
         assert words[0] in ("python", "bash") and (ROOT / words[1]).is_file(), command
@@ -221,7 +228,8 @@ def test_the_papers_tables_are_whole():
         assert set(listed["measures"]) <= set(MEASURES)
         for line in listed["rows"]:
             assert len(line["figures"]) == len(listed["measures"]), line["name"]
-            assert set(line) <= {"name", "label", "figures", "run", "model", "recipe"}
+            assert set(line) <= {"name", "label", "figures", "run", "model", "recipe",
+                                 "generate"}
             assert "run" not in line or {"model", "recipe"} & set(line)
     assert list(paper_rows("arc", "hellaswag", "mmlu", "truthfulqa").values()) == [
         (59.72, 81.39, 54.97, 36.28), (60.84, 81.44, 55.78, 49.33),
