@@ -152,7 +152,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
             check_settings(output, read_settings(output), settings)
         if done and place == 0:
             print(f"{output}: going on after {len(done)} finished responses")
-        mine = share(records, place, processes)
+        mine = share([len(record["instruction"]) for record in records], place, processes)
         left = {index: prompts[index] for index in mine if index not in done}
         with noting_costs(file, server):
             if left:
@@ -204,13 +204,15 @@ def wait(processes: int) -> None:
         PartialState().wait_for_everyone()
 
 
-def share(records: list[Record], place: int, processes: int) -> list[int]:
+def share(lengths: Sequence[int], place: int, processes: int) -> list[int]:
     """The indices that a process answers: its part of the long ones and of the short ones.
 
     They follow from its place alone, so that no two processes ever answer the same one.
+
+    >>> share([5, 1, 9, 7], place=0, processes=2)
+    [2, 0]
     """
-    longest_first = sorted(range(len(records)), reverse=True,
-                           key=lambda index: len(records[index]["instruction"]))
+    longest_first = sorted(range(len(lengths)), reverse=True, key=lengths.__getitem__)
     return longest_first[place::processes]
 
 

@@ -5,6 +5,7 @@
         --data_path data/sample/preferences/train.jsonl
     python train_self_judge.py --config=configs/sample_self_judge.yaml dataset=runs/rso.jsonl \\
         model.pretrained_model_name_or_path=runs/jsft self_judge_args.pairs=given
+    torchrun --nproc_per_node=8 scripts/label_samples.py ...  # a share of the prompts on each GPU
 
 The methods, their rewards and what these cost are told in self_judge/off_policy.py. `--select rso`
 writes preference pairs for `self_judge_args.pairs=given`, `raft` and `rest` write demonstrations
@@ -12,8 +13,9 @@ for `train_jsft.py ... jsft_args.examples=sft`. The records have the schema of t
 UltraFeedback's, so that training reads the same prompts. (In a dialogue of several turns it learns
 the earlier answers of a demonstration too, as JSFT does.)
 
-Each sample and each verdict goes to a journal at once (--samples_path); after a stop, even a kill,
-the same command goes on where it was, and another --select asks for nothing twice.
+Each sample and each verdict goes to a journal at once (--samples_path; further processes have their
+own); after a stop, even a kill, the same command goes on where it was, with any number of
+processes, and another --select asks for nothing twice.
 """
 
 import functools
@@ -23,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,10 +41,10 @@ from scripts.self_reject import (
     judge_settings,
     messages_of,
     model_settings,
-    open_samples,
     referee,
     rendered,
     sampled,
+    shared_out,
 )
 
 if TYPE_CHECKING:
@@ -117,23 +119,31 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
     settings = {**model_settings(base), "load_in": load_in, "prompts": digest(queries),
                 "judge": digest(asked), "num_samples": num_samples, **sampling}
     load = functools.cache(lambda: load_base(base, precision(load_in)))  # if anything is left to do
-    journal = Path(samples_path) if samples_path else journal_of(output)
-    file, lines = open_samples(output, journal, settings, overwrite)
-    judged: dict[Match, Judgment] = {}
-    with file:
-        samples = sampled(load, tokenizer, queries, num_samples, lines, file, **sampling,
-                          token_budget=batch_tokens)
+
+    def label(which: Sequence[int], lines: Sequence[Record], file: IO[str], quiet: bool) -> tuple:
+        samples = sampled(load, tokenizer, {place: queries[place] for place in which},
+                          num_samples, lines, file, quiet, **sampling, token_budget=batch_tokens)
         responses = [[line["output"] for line in of_prompt] for of_prompt in samples]
-        judge = noting(referee(load, tokenizer, contexts, responses, lines, file, asked), judged)
+        judged: dict[Match, Judgment] = {}
+        judge = noting(referee(load, tokenizer, {place: contexts[place] for place in which},
+                               responses, lines, file, asked), judged, quiet)
         if select == "raft":
             found = {output: (best_of(responses, judge), Counter())}
         else:
             scores = rewards_of(responses, opponents, judge)
             accepted = num_accepted or max(2, num_samples // 2)
-            found = ({output: accepted_pairs(responses, scores, judge, accepted, beta, seed)}
+            found = ({output: accepted_pairs(responses, scores, judge, accepted, beta,
+                                             [f"{seed} rso {place}" for place in which])}
                      if select == "rso" else
                      {path: (above(scores, level), Counter()) for path, level
                       in zip(improve_files(output, len(levels)), levels, strict=True)})
+        return samples, judged, found
+
+    journal = Path(samples_path) if samples_path else journal_of(output)
+    labelled = shared_out(label, queries, output, journal, settings, overwrite)
+    if labelled is None:
+        return
+    samples, judged, found = labelled
     print("\n".join(summary(samples, judged)))
     for path, (kept, dropped) in found.items():
         rows = list(written(records, prompts, samples, kept, section.system, dropped))
@@ -229,10 +239,10 @@ def read_source(source: str) -> "tuple[list[tuple[str, Record]], BadRecords]":
             if not origin.sft_only], bad
 
 
-def noting(judge: "Judge", judged: "dict[Match, Judgment]") -> "Judge":
+def noting(judge: "Judge", judged: "dict[Match, Judgment]", quiet: bool) -> "Judge":
     """The same judge under a progress bar; its verdicts are gathered in `judged`."""
     def judge_and_note(matches: "Sequence[Match]") -> "list[Judgment]":
-        found = in_parts(judge, len(matches), False)(matches)
+        found = in_parts(judge, 0 if quiet else len(matches), False)(matches)
         judged.update(zip(matches, found, strict=True))
         return found
 

@@ -9,9 +9,9 @@
 # The second is one of the comparisons; the lines of all are in configs/paper_tables.yaml.
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 1 for JSFT, 40 for self-training (the
-#           paper's longest run took about 90 on A100s), 2 on one GPU for the answers.
-#           METHOD rso, raft or rest instead of self-training: 60 on one GPU for samples and
-#           verdicts; LABEL_SAMPLES=4: less than half.
+#           paper's longest run took about 90 on A100s), a quarter for the answers. METHOD rso,
+#           raft or rest instead of self-training: 8 for samples and verdicts; LABEL_SAMPLES=4:
+#           less than half.
 # Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  AlpacaEval 44.88, VicunaEval 76.25 against SFT, MT-Bench 4.80, as answered greedily; the
 #           win rate of the tournament grows with N = 1 .. 16.

@@ -18,6 +18,11 @@ launch() { # ACCELERATE_YAML SCRIPT FLAGS...
     fi
 }
 
+# Each GPU answers, or labels, its share of the prompts.
+shared() { # SCRIPT FLAGS...
+    if [ "$GPUS" = 1 ]; then python "$@"; else torchrun --nproc_per_node="$GPUS" "$@"; fi
+}
+
 # OVERRIDES holds several words, so it stands without quotes.
 train() { # ACCELERATE_YAML SCRIPT CONFIG MODEL FOLDER OVERRIDES...
     launch "$1" "$2" --config="$3" model.pretrained_model_name_or_path="$4" \
@@ -49,7 +54,7 @@ jsft() {
 # Samples of the JSFT model to the training prompts, chosen by its own judgments. What was sampled
 # and judged for one of the three serves the others. LABEL_FLAGS stands without quotes as well.
 labels() { # rso|raft|rest
-    python scripts/label_samples.py --model "$JSFT" --data_path "$JSFT/config.yaml" \
+    shared scripts/label_samples.py --model "$JSFT" --data_path "$JSFT/config.yaml" \
         --templates "$TEMPLATES" --num_samples "$LABEL_SAMPLES" --select "$1" \
         --samples_path "$(dirname "$JSFT")/labels.samples.jsonl" --output_path "$OUT/$1.jsonl" \
         --max_new_tokens "$MAX_NEW_TOKENS" --load_in "$LOAD_IN" --batch_tokens "$BATCH_TOKENS" \
@@ -113,7 +118,7 @@ answers() { # NAME
 }
 
 answer() { # NAME FILE FLAGS...
-    python scripts/self_reject.py --model "$POLICY" --templates "$TEMPLATES" \
+    shared scripts/self_reject.py --model "$POLICY" --templates "$TEMPLATES" \
         --generator "$1" --output_path "$2" --max_new_tokens "$MAX_NEW_TOKENS" \
         --load_in "$LOAD_IN" --batch_tokens "$BATCH_TOKENS" \
         ${PROMPTS:+--data_path "$PROMPTS"} "${@:3}"

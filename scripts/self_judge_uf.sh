@@ -11,8 +11,8 @@
 #
 # Hardware  8 GPUs of 80 GB. Hours (estimates, not measured): 3 for JSFT (10 with principles); 90
 #           for self-training (the paper's longest run, on A100s; that it was this one is a guess);
-#           2 on one GPU for the answers. METHOD rso, raft or rest instead of self-training: 120
-#           on one GPU (300 with principles) for samples and verdicts; LABEL_SAMPLES=4: a third.
+#           a quarter for the answers. METHOD rso, raft or rest instead of self-training: 15 (38
+#           with principles) for samples and verdicts; LABEL_SAMPLES=4: a third.
 # Money     none; scores by gpt-4 $18 for each file of answers (scripts/evaluate_alpaca.sh).
 # Expected  Judge accuracy on held-out pairs 80.5 %, with principles and rationales 84.0 %; the win
 #           rate of the tournament grows with N = 1 .. 16.

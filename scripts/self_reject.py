@@ -9,11 +9,15 @@ The responses of a prompt meet in a knock-out (self_judge/tournament.py) that th
 judges; the winners are written in AlpacaEval's format. The model reads the prompts as the templates
 of its training write them, so `--num_samples 1 --temperature 0` is how it answers greedily.
 
-Each sample and each verdict goes to OUTPUT.samples.jsonl at once; after a stop, even a kill, the
-same command goes on where it was. The file stays: more `--nested` sizes cost what is new in them.
+    torchrun --nproc_per_node=8 scripts/self_reject.py ...  # a share of the prompts on each GPU
+
+Each sample and each verdict goes to OUTPUT.samples.jsonl at once (of further processes, to
+OUTPUT.samples.1.jsonl and so on); after a stop, even a kill, the same command goes on where it was,
+with any number of processes. The file stays: more `--nested` sizes cost what is new in them.
 """
 
 import functools
+import glob
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +27,20 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, discard, open_journal
+from lm.journal import append, digest, discard, open_journal, read_journal
 from lm.models import load_tokenizer, resolve_model
 from lm.records import InputError, Record, write_json
 from lm.tables import table
 from scripts.evaluate_judge import TEMPLATES, precision, read_templates
-from scripts.generate import ALPACA_EVAL, answers, fingerprint, load_prompts
+from scripts.generate import (
+    ALPACA_EVAL,
+    answers,
+    fingerprint,
+    launched,
+    load_prompts,
+    share,
+    wait,
+)
 
 if TYPE_CHECKING:
     from self_judge.base import Base
@@ -93,13 +105,19 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
         **model_settings(base), "load_in": load_in, "prompts": digest(queries),
         "judge": digest(asked), "num_samples": num_samples, **sampling}
     load = functools.cache(lambda: load_base(base, precision(load_in)))  # if anything is left to do
-    file, lines = open_samples(output, journal_of(output), settings, overwrite)
-    with file:
-        samples = sampled(load, tokenizer, queries, num_samples, lines, file,
-                          **sampling, token_budget=batch_tokens)
+
+    def play(which: Sequence[int], lines: Sequence[Record], file: IO[str], quiet: bool) -> tuple:
+        samples = sampled(load, tokenizer, {place: queries[place] for place in which},
+                          num_samples, lines, file, quiet, **sampling, token_budget=batch_tokens)
         responses = [[line["output"] for line in of_prompt] for of_prompt in samples]
-        judge = referee(load, tokenizer, contexts, responses, lines, file, asked)
-        played = tournaments(responses, {num_samples, *sizes}, judge)
+        judge = referee(load, tokenizer, {place: contexts[place] for place in which}, responses,
+                        lines, file, asked)
+        return samples, responses, tournaments(responses, {num_samples, *sizes}, judge, quiet)
+
+    found = shared_out(play, queries, output, journal_of(output), settings, overwrite)
+    if found is None:
+        return
+    samples, responses, played = found
     name = generator or Path((base.adapters or [resolve_model(base.model)])[-1]).resolve().name
     written = [*((size, nested_file(output, size), f"{name}-n{size}") for size in sizes),
                (num_samples, output, name)]
@@ -182,85 +200,140 @@ def journal_of(output: Path) -> Path:
     return output.with_name(output.name + ".samples.jsonl")
 
 
-def open_samples(output: Path, path: Path, settings: dict,
-                 overwrite: bool) -> tuple[IO[str], list[Record]]:
-    """The journal of samples and verdicts; an output that is not known to be ours is defended."""
-    if overwrite:
-        discard(path)
-    elif output.exists() and not path.exists():
-        raise InputError(f"{output}: is there already, and {path.name} is not; choose another "
+def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool], object]",
+               queries: Sequence[list[int]], output: Path, journal: Path, settings: dict,
+               overwrite: bool) -> object:
+    """What `play` makes of all prompts; None in all processes but the first.
+
+    Of several processes each plays with its share of the prompts, for the journal's sake; then the
+    first one plays with all, and finds everything noted.
+    """
+    place, processes = launched(alone=False)
+    file, lines = open_samples(output, journal, settings, overwrite, place, processes)
+    with file:
+        if processes > 1:
+            if mine := share(list(map(len, queries)), place, processes):
+                play(mine, lines, file, place > 0)
+            wait(processes)
+            lines = read_samples(journal, settings)
+        if place:
+            return None
+        found = play(range(len(queries)), lines, file, processes > 1)
+        for other in further_journals(journal):
+            for line in read_journal(other, settings):
+                append(file, line)
+            other.unlink()
+        return found
+
+
+def open_samples(output: Path, journal: Path, settings: dict, overwrite: bool, place: int,
+                 processes: int) -> tuple[IO[str], list[Record]]:
+    """This process's journal of samples and verdicts, and the lines of all processes' journals.
+
+    An output that is not known to be ours is defended.
+    """
+    if overwrite and place == 0:
+        for path in (journal, *further_journals(journal)):
+            discard(path)
+    wait(processes)
+    if not overwrite and output.exists() and not journal.exists():
+        raise InputError(f"{output}: is there already, and {journal.name} is not; choose another "
                          "--output_path, or --overwrite")
-    file, lines = open_journal(path, settings)
-    if lines:
+    own = journal.with_name(f"{journal.stem}.{place}{journal.suffix}") if place else journal
+    file, _ = open_journal(own, settings)
+    wait(processes)  # before another process adds to its own
+    lines = read_samples(journal, settings)
+    if lines and place == 0:
         drawn = sum("sample" in line for line in lines)
-        print(f"{path}: going on after {drawn} samples and {len(lines) - drawn} verdicts")
+        print(f"{journal}: going on after {drawn} samples and {len(lines) - drawn} verdicts")
     return file, lines
 
 
-def sampled(load: Callable[[], object], tokenizer: object, queries: Sequence[list[int]],
-            num_samples: int, lines: Sequence[Record], file: IO[str],
+def further_journals(journal: Path) -> list[Path]:
+    """Those of other processes than the first, of however many."""
+    return sorted(journal.parent.glob(f"{glob.escape(journal.stem)}.[0-9]*{journal.suffix}"))
+
+
+def read_samples(journal: Path, settings: dict) -> list[Record]:
+    """The lines of all processes' journals."""
+    return [line for path in (journal, *further_journals(journal))
+            for line in read_journal(path, settings)]
+
+
+def sampled(load: Callable[[], object], tokenizer: object, queries: Mapping[int, list[int]],
+            num_samples: int, lines: Sequence[Record], file: IO[str], quiet: bool = False,
             **sampling) -> list[list[Record]]:
-    """Every sample of each prompt; those that the journal lacks are drawn and noted there."""
+    """Every sample of each prompt; those that the journal lacks are drawn and noted there.
+
+    The journal names prompts and samples by their places among all.
+    """
     from tqdm import tqdm
 
     from lm.generation import generate
 
-    done = {(line["prompt"], line["sample"]): line for line in lines if "sample" in line}
-    every = list(itertools.product(range(len(queries)), range(num_samples)))
+    every = list(itertools.product(queries, range(num_samples)))
+    noted = {(line["prompt"], line["sample"]): line for line in lines if "sample" in line}
+    done = {key: noted[key] for key in every if key in noted}
     left = {key: queries[key[0]] for key in every if key not in done}
     if left:
         found = generate(load(), tokenizer, left, **sampling)
         for key, response in tqdm(found, "sampling", len(every), initial=len(done),
-                                  unit="response"):
+                                  unit="response", disable=quiet):
             done[key] = {"prompt": key[0], "sample": key[1], "output": response.text.strip(),
                          "finish_reason": response.finish_reason}
             append(file, done[key])
-    return [[done[prompt, number] for number in range(num_samples)]
-            for prompt in range(len(queries))]
+    return [[done[prompt, number] for number in range(num_samples)] for prompt in queries]
 
 
-def referee(load: Callable[[], object], tokenizer: object, contexts: Sequence[str],
+def referee(load: Callable[[], object], tokenizer: object, contexts: Mapping[int, str],
             responses: Sequence[Sequence[str]], lines: Sequence[Record], file: IO[str],
             asked: Mapping) -> "Judge":
-    """The model as the judge of matches; it judges each once, and notes it in the journal."""
+    """The model as the judge of matches; it judges each once, and notes it in the journal.
+
+    A match names its context by the place among these, as `responses` do; the journal among all.
+    """
     from self_judge.judgment import Pair, Probabilities, judge_pairs, judgment_of
     from self_judge.tournament import Match, remember
 
+    prompts = list(contexts)
+    places = {prompt: place for place, prompt in enumerate(prompts)}
+
     def pair_of(match: Match) -> Pair:
-        return Pair(contexts[match.context], match.response_a, match.response_b)
+        return Pair(contexts[prompts[match.context]], match.response_a, match.response_b)
 
     def judge(matches: Sequence[Match]) -> "list[Judgment]":
         judgments = judge_pairs(load(), tokenizer, list(map(pair_of, matches)), **asked)
         for match, judgment in zip(matches, judgments, strict=True):
             texts = responses[match.context]
-            append(file, {"prompt": match.context,
+            append(file, {"prompt": prompts[match.context],
                           "a": texts.index(match.response_a), "b": texts.index(match.response_b),
                           "probabilities": judgment.probabilities, "cut": judgment.cut})
         return judgments
 
     known = {}
     for line in lines:
-        if "probabilities" in line:
-            texts = responses[line["prompt"]]
-            match = Match(line["prompt"], texts[line["a"]], texts[line["b"]])
+        if "probabilities" in line and line["prompt"] in places:
+            texts = responses[places[line["prompt"]]]
+            match = Match(places[line["prompt"]], texts[line["a"]], texts[line["b"]])
             found = {name: Probabilities(*p) for name, p in line["probabilities"].items()}
             known[match] = judgment_of(pair_of(match), found, line["cut"])
     return remember(judge, known)
 
 
-def tournaments(responses: Sequence[Sequence[str]], sizes: set[int],
-                judge: "Judge") -> "dict[int, list[Bracket]]":
+def tournaments(responses: Sequence[Sequence[str]], sizes: set[int], judge: "Judge",
+                quiet: bool = False) -> "dict[int, list[Bracket]]":
     """By its size, the tournament of the first so many responses to each prompt, in their order."""
     from self_judge.tournament import knockout
 
     return {size: knockout([texts[:size] for texts in responses],
-                           in_parts(judge, len(responses) * (size - 1), size == max(sizes)),
+                           in_parts(judge, 0 if quiet else len(responses) * (size - 1),
+                                    size == max(sizes)),
                            seed=None)
             for size in sorted(sizes, reverse=True)}
 
 
 def in_parts(judge: "Judge", total: int, is_largest: bool) -> "Judge":
-    """The same judge, asked about some matches at a time, under a progress bar."""
+    """The same judge, asked about some matches at a time; of a total there is a progress bar."""
     from tqdm import tqdm
 
     bar = tqdm(desc="judging", total=total, unit="match", disable=not total, leave=is_largest)

@@ -119,14 +119,14 @@ def rewards_of(responses: Sequence[Sequence[str]], opponents: int,
 
 def accepted_pairs(responses: Sequence[Sequence[str]], scores: Sequence[Sequence[float]],
                    judge: Judge, count: int, beta: float,
-                   seed: int) -> tuple[list[Kept], Counter]:
+                   seeds: Sequence[str]) -> tuple[list[Kept], Counter]:
     """RSO's pairs, the judge's choice first, and how many it could not decide.
 
-    `count` samples of each prompt are accepted.
+    `count` samples of each prompt are accepted, by random numbers from the prompt's seed.
     """
     pairs = []
-    for place, of_prompt in enumerate(scores):
-        rng = random.Random(f"{seed} rso {place}")
+    for place, (of_prompt, seed) in enumerate(zip(scores, seeds, strict=True)):
+        rng = random.Random(seed)
         accepted = rejection_sample(of_prompt, beta, count, rng)
         pairs += [(place, *sorted(pair)) for pair in first_round(accepted, rng)]
     matches = {(place, a, b): Match(place, responses[place][a], responses[place][b])

@@ -7,9 +7,11 @@ import json
 import math
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from tiny_judge import save_tiny_judge
 from transformers import GenerationConfig
 
@@ -238,6 +240,22 @@ def test_a_run_that_was_stopped_goes_on(done, reference, model, files, templates
     assert output.read_bytes() == reference.read_bytes()
     assert asked["samples"] == max(0, 30 - done)
     assert asked["matches"] == len(lines) - 1 - max(30, done)
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_give_what_one_gives(reference, model, files, templates, warm_venv, tmp_path):
+    """Each accepts the same samples of its prompts as one process would."""
+    output = tmp_path / "rso.jsonl"
+    result = subprocess.run(
+        [warm_venv / "bin/torchrun", "--standalone", "--nproc_per_node=2",
+         "scripts/label_samples.py", f"--model={model}", f"--data_path={files['uf']}",
+         f"--output_path={output}", "--select=rso", f"--templates={templates}",
+         *(f"--{name}={value}" for name, value in FLAGS.items())],
+        cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert output.read_bytes() == reference.read_bytes()
+    assert len(journal(output).read_text().splitlines()) == (
+        len(journal(reference).read_text().splitlines()))
 
 
 def test_what_was_done_is_told(reference, model, files, templates, tmp_path, capsys):

@@ -137,5 +137,5 @@ def test_identical_and_tied_pairs_are_counted_and_left_out():
 
     scores = rewards_of(responses, 0, judge)
     assert scores == [[0.5, 0.5], [0.4, 0.6], [0.4, 0.6]] and len(asked) == 2
-    kept, dropped = accepted_pairs(responses, scores, judge, 2, 0.1, seed=0)
+    kept, dropped = accepted_pairs(responses, scores, judge, 2, 0.1, seeds=["0", "1", "2"])
     assert kept == [(2, 1, 0)] and dropped == {"identical": 1, "tied": 1}

@@ -161,6 +161,31 @@ def test_killed_run_goes_on_where_it_was(reference, model, prompts, tmp_path, as
         assert read(output.with_name(name)) == read(reference.with_name(name))
 
 
+@pytest.mark.xdist_group("processes")
+def test_two_processes_finish_what_three_had_begun(reference, model, prompts, warm_venv, tmp_path):
+    """They share prompts, samples and matches; each finds what any of the three had noted."""
+    output = tmp_path / "winners.json"
+    settings, *lines = journal(reference).read_text().splitlines()
+    for place in range(3):
+        own = journal(output).with_name(
+            f"winners.json.samples{f'.{place}' if place else ''}.jsonl")
+        own.write_text("\n".join([settings, *lines[place:90:3]]) + "\n")
+    flags = {"data_path": prompts, "nested": "1,2,3,4", **FLAGS}
+    result = subprocess.run(
+        [warm_venv / "bin/torchrun", "--standalone", "--nproc_per_node=2",
+         "scripts/self_reject.py", f"--model={model}", f"--output_path={output}",
+         *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"{PROMPTS} prompts, {SAMPLES} samples") == 1
+    for name in ("winners.json", "winners.n1.json", "winners.n3.json", "winners.n4.json"):
+        assert read(output.with_name(name)) == read(reference.with_name(name))
+    assert list(tmp_path.glob("*.samples*")) == [journal(output)]
+    found = read_records(journal(output))[1:]
+    names = [(line["prompt"], line.get("sample"), line.get("a"), line.get("b")) for line in found]
+    assert len(names) == len(set(names)) == len(lines)  # nothing was done twice
+
+
 def kill_at_first_verdict(output: Path, model: str, flags: dict) -> None:
     """Start the real command; kill -9 it when all samples are drawn and the first ones judged."""
     command = [sys.executable, "scripts/self_reject.py", f"--model={model}",
