@@ -216,10 +216,10 @@ def test_any_number_of_processes_goes_on_where_another_number_was_stopped(
 
 
 def test_shares_hold_each_prompt_once_and_are_of_like_length():
-    records = [{"instruction": "x" * (7 * number % 12)} for number in range(12)]
-    shares = [generate.share(records, place, 3) for place in range(3)]
+    lengths = [7 * number % 12 for number in range(12)]
+    shares = [generate.share(lengths, place, 3) for place in range(3)]
     assert sorted(index for mine in shares for index in mine) == list(range(12))
-    totals = [sum(len(records[index]["instruction"]) for index in mine) for mine in shares]
+    totals = [sum(lengths[index] for index in mine) for mine in shares]
     assert max(totals) - min(totals) <= 8 and [len(mine) for mine in shares] == [4, 4, 4]
 
 
