@@ -196,15 +196,17 @@ def collect(study: Study, path: Path) -> None:
         record, failure = (read_manifest(folder / name) for name in ("cell.json", "failed.json"))
         if record and is_done(study, cell):
             found[cell.name] = {"row": cell.row, "part": cell.part, **{
-                key: record[key] for key in ("figures", "tokens", "seconds", "finished",
-                                             "git_revision", "machine")},
+                key: record.get(key) for key in ("figures", "tokens", "steps", "seconds",
+                                                 "finished", "git_revision", "machine")},
                 "learning_rate": record["settings"]["learning_rate"],
                 "made_of": key_of(study, cell)}
             versions = record["versions"]
         elif failure:
             found[cell.name] = {"row": cell.row, "part": cell.part, **failure}
-        elif not folder.exists() and (result := result_of(study, cell)):
+        elif result := result_of(study, cell):
             found[cell.name] = result
+    if dropped := [name for name in before["cells"] if name not in found]:
+        print(f"{path}: dropped, as they would be made otherwise now: {', '.join(dropped)}")
     if found:
         write_json(path, {"size": study.size, "model": study.settings["model"],
                           "versions": versions, "values": dict(study.values), "cells": found})

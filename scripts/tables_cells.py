@@ -25,6 +25,7 @@ from lm.models import resolve_model
 from lm.records import InputError, Record, write_json
 from lm.runs import REPOSITORY, describe_run
 from lm.stages import digest, locked, made_of, read_manifest
+from lm.templates import TEMPLATES
 
 # Keys of a row that are no values for its commands.
 NO_VALUES = ("recipe", "once", "rates", "tuned_as", "measure")
@@ -200,7 +201,9 @@ def share(figure: Mapping) -> float:
 
 def record_of(study: Study, cell: Cell) -> Record | None:
     """What a finished cell measured; None where it is not done."""
-    return read_manifest(study.folder_of(cell) / "cell.json") or result_of(study, cell)
+    if is_done(study, cell):
+        return read_manifest(study.folder_of(cell) / "cell.json")
+    return result_of(study, cell)
 
 
 def result_of(study: Study, cell: Cell) -> Record | None:
@@ -242,6 +245,8 @@ def inputs_of(study: Study, cell: Cell) -> dict[str, str]:
     found = {}
     for word in filter(None, words):
         path = REPOSITORY / word
+        if (template := TEMPLATES / f"{word}.json").is_file():  # by its name
+            path = template
         if word.startswith(own) or word.endswith(".py") or not path.exists():
             continue
         files = [path] if path.is_file() or list(path.glob("*.safetensors")) else [
@@ -301,13 +306,16 @@ def work(study: Study, cell: Cell, threads: int, lock) -> Record:
         for command in commands_of(study, cell):
             print(f"$ {command}", file=log, flush=True)
             call(study, command, threads, log, lock)
-    for pattern in study.recipe(cell.row).get("discard", []):
+    recipe = study.recipe(cell.row)
+    for pattern in [*recipe.get("discard", []),
+                    *(recipe.get("discard_of_trials", []) if cell.rate else [])]:
         for path in sorted(folder.glob(pattern)):
             shutil.rmtree(path)
     end = datetime.datetime.now(datetime.UTC)
     about = describe_run({}, "")
     return {"figures": figures_in(folder, study.recipe(cell.row).get("results", "")),
-            "tokens": tokens_in(folder), "seconds": round((end - begin).total_seconds(), 1),
+            "tokens": trained(folder, "tokens"), "steps": trained(folder, "steps"),
+            "seconds": round((end - begin).total_seconds(), 1),
             "threads": threads, "finished": end.date().isoformat(),
             "git_revision": about["git_revision"], "versions": about["versions"],
             "machine": machine()}
@@ -367,11 +375,11 @@ def ai_judge(told: Record) -> Iterator[tuple[str, dict]]:
 READERS = {"constraints": constraints, "judge": judge, "ai_judge": ai_judge}
 
 
-def tokens_in(folder: Path) -> int | None:
-    """Tokens of all trainings in a folder, where their records tell."""
-    tokens = [json.loads(path.read_text(encoding="utf-8")).get("tokens")
-              for path in sorted(folder.rglob("run.json"))]
-    return sum(tokens) if tokens and None not in tokens else None
+def trained(folder: Path, what: str) -> int | None:
+    """Tokens or steps of all trainings in a folder, where their records tell."""
+    found = [json.loads(path.read_text(encoding="utf-8")).get(what)
+             for path in sorted(folder.rglob("run.json"))]
+    return sum(found) if found and None not in found else None
 
 
 @functools.cache
