@@ -14,7 +14,7 @@ from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
 from self_judge.inputs import context_of
-from self_judge.jsft_trainer import JsftTrainer
+from self_judge.jsft_trainer import UNPADDED, JsftTrainer
 from self_judge.launch import Data
 
 SUMMARY = ("loss", "sft_loss", "judgment_loss", "eval_loss", "eval_judge_accuracy",
@@ -22,18 +22,18 @@ SUMMARY = ("loss", "sft_loss", "judgment_loss", "eval_loss", "eval_judge_accurac
 
 
 def training_arguments(config: Config) -> SFTConfig:
-    """trl's arguments; rows are packed where the attention implementation allows it."""
-    attention = launch.attention(config)
-    can_pack = attention == "flash_attention_2"
-    if config.training_args.get("packing") and not can_pack:
-        raise InputError(f"{config.path}: training_args.packing needs model.attn_implementation "
-                         f"flash_attention_2, which is {attention} here; leave packing out")
+    """trl's arguments."""
+    for name in ("packing", "padding_free"):
+        if config.training_args.get(name):
+            raise InputError(f"{config.path}: training_args.{name}: leave it out; a step has the "
+                             "rows that its batch sizes say, and rows need no padding where "
+                             "attention is flash_attention_2")
     arguments = launch.training_arguments(
-        config, SFTConfig, {"packing": can_pack}, max_length=launch.max_length(config),
-        completion_only_loss=True, prediction_loss_only=True)
+        config, SFTConfig, {}, max_length=launch.max_length(config), completion_only_loss=True,
+        prediction_loss_only=True)
     if runs.is_main():
         print(f"batch: {launch.batch_size(arguments)} rows a step, "
-              + ("packed" if arguments.packing else "padded"))
+              + ("end to end" if launch.attention(config) == UNPADDED else "padded"))
     return arguments
 
 

@@ -9,7 +9,9 @@ which is one token, weighs as much as one token of an answer.
 
 - Only supervised positions are scored against the vocabulary, on every device. (trl's fused head
   does that on a GPU; on a CPU it scores every position: 2.2 times slower for a batch of judgments.)
-- Padded rows are run in parts of like length. With `packing`, trl packs the rows itself.
+- Rows are run in parts of like length. Flash attention runs a part's rows end to end, without any
+  padding. (trl's `packing` would too, but makes one row of many, so that a step has ten times as
+  many examples as its batch sizes say.)
 - The log has the mean loss of each kind of token beside their common one.
 - Evaluation also asks the model to judge held-out pairs in both orders.
 """
@@ -33,6 +35,7 @@ from self_judge.judgment import judge_metrics, judge_preferences
 
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 16384}  # padding included; at least one row
 KINDS = ("sft", "judgment")
+UNPADDED = "flash_attention_2"  # attention that finds the rows' bounds by their positions
 
 
 class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
@@ -47,10 +50,12 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
     def __init__(self, *positional, args, held_out: Sequence[Mapping] = (),
                  judge_templates: Mapping[str, str] | None = None,
                  judge_options: Mapping | None = None, processing_class, **named):
-        if not args.packing:
-            args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are what is collated
-            named["data_collator"] = Collator(processing_class)
+        if args.packing or args.padding_free:
+            raise InputError("packing and padding_free: leave them out; see JsftTrainer")
+        args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are what is collated
+        named["data_collator"] = Collator(processing_class)
         super().__init__(*positional, args=args, processing_class=processing_class, **named)
+        self.is_unpadded = self.model.config._attn_implementation == UNPADDED
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the step
         self.held_out, self.judge_templates = held_out, judge_templates
         self.judge_options = dict(judge_options or {})
@@ -60,12 +65,12 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
                          and self.accelerator.parallelism_config is None)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", "completion_mask", "kind", "labels", "seq_lengths"]
+        self._signature_columns = ["input_ids", "completion_mask", "kind"]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Micro-batches, and the supervised tokens in the step; repeated rows have none."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.accelerator.gradient_state.end_of_dataloader and batches and not self.padding_free:
+        if self.accelerator.gradient_state.end_of_dataloader and batches:
             labels = batches[-1]["labels"]
             labels[~torch.tensor(present_rows(self, len(labels)))] = IGNORED
             tokens = self._get_num_items_in_batch(batches, device)
@@ -73,13 +78,13 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
 
     def parts(self, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
         """Rows of like length, few enough for the token budget of a forward pass."""
-        if self.padding_free or self.is_sharded():
-            return [inputs]
-        lengths = inputs["attention_mask"].sum(-1).tolist()
-        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
-        return [{name: value[rows, :lengths[rows[0]]] if value.dim() == 2 else value[rows]
-                 for name, value in inputs.items()}
-                for rows in token_budget_batches(dict(enumerate(lengths)), 0, budget)]
+        found = [inputs]
+        if not self.is_sharded():
+            lengths = inputs["attention_mask"].sum(-1).tolist()
+            budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
+            found = [{name: value[rows, :lengths[rows[0]]] for name, value in inputs.items()}
+                     for rows in token_budget_batches(dict(enumerate(lengths)), 0, budget)]
+        return [end_to_end(part) for part in found] if self.is_unpadded else found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """trl's loss; its own code runs what is rarer (dft, label smoothing, mixtures of experts).
@@ -102,15 +107,13 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
-    def _log_probs(self, model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """[S] of the supervised tokens, and which of them are a judgment's (unknown if packed)."""
+    def _log_probs(self, model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[S] of the supervised tokens, and which of them are a judgment's."""
         ids, supervised = inputs["input_ids"], inputs["labels"] != IGNORED
         others = {name: value for name, value in inputs.items()
                   if name not in ("input_ids", "labels", "attention_mask", "judged")}
-        log_probs = supervised_log_probs(model, ids, supervised, **others)
-        if "judged" not in inputs:
-            return log_probs, None
-        return log_probs, inputs["judged"][:, None].expand_as(ids)[supervised]
+        return (supervised_log_probs(model, ids, supervised, **others),
+                inputs["judged"][supervised])
 
     # Evaluation
 
@@ -119,9 +122,8 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
         if not self.is_plain:
             inputs.pop("judged", None)
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if not self.padding_free:
-            present = present_rows_of_evaluation(self, len(inputs["labels"]))
-            inputs["labels"][~torch.tensor(present)] = IGNORED
+        present = present_rows_of_evaluation(self, len(inputs["labels"]))
+        inputs["labels"][~torch.tensor(present)] = IGNORED
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.compute_loss(model, part)
                       for part in self.parts(self._prepare_inputs(inputs))]
@@ -157,16 +159,38 @@ class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
         super().log(logs)  # without the time since the start, which is no news
 
 
+def end_to_end(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Padded rows [B, T] as one row [1, all their tokens]; positions tell where each begins.
+
+    A row's first token is never learnt, as the token before it is another row's.
+
+    >>> rows = {"input_ids": [[5, 6, 7], [8, 9, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    ...         "labels": [[-100, 6, 7], [8, 9, -100]]}
+    >>> {name: value.tolist() for name, value in end_to_end(
+    ...     {name: torch.tensor(value) for name, value in rows.items()}).items()}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'input_ids': [[5, 6, 7, 8, 9]], 'labels': [[-100, 6, 7, -100, 9]],
+     'position_ids': [[0, 1, 2, 0, 1]]}
+    """
+    present = part["attention_mask"].bool()
+    positions = part["attention_mask"].cumsum(-1) - 1
+    rows = {name: value for name, value in part.items() if name != "attention_mask"}
+    rows["labels"] = rows["labels"].masked_fill(positions == 0, IGNORED)
+    return {name: value[present][None] for name, value in
+            (rows | {"position_ids": positions}).items()}
+
+
 class Collator:
-    """Rows -> batch, with `judged` [B]: which rows are judgments."""
+    """Rows -> batch, with `judged` [B, T]: which rows are judgments."""
 
     def __init__(self, tokenizer):
         self.collate = JudgeAugmentedSFTCollator(tokenizer)
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
-        """Ids, attention mask and labels (B, T), and `judged` (B)."""
+        """Ids, attention mask, labels and `judged`, all (B, T)."""
+        batch = self.collate(rows)
         judged = torch.tensor([row.get("kind") == "judgment" for row in rows])
-        return self.collate(rows) | {"judged": judged}
+        return batch | {"judged": judged[:, None].expand_as(batch["labels"])}
 
 
 class Sums:
@@ -180,13 +204,10 @@ class Sums:
         """Start anew."""
         # Losses of answers' and judgments' tokens, how many of each, and tokens run
         self.values = torch.zeros(5, device=self.device, dtype=torch.float64)
-        self.are_known = True  # which tokens are a judgment's
         self.since = time.perf_counter()
 
-    def add(self, log_probs: Tensor, judged: Tensor | None, run: int) -> None:
+    def add(self, log_probs: Tensor, judged: Tensor, run: int) -> None:
         """Count the supervised tokens of a forward pass over `run` tokens, padding included."""
-        self.are_known &= judged is not None
-        judged = torch.zeros_like(log_probs) if judged is None else judged
         kinds = torch.stack([1.0 - judged.double(), judged.double()])
         losses = -kinds @ log_probs.double()
         self.values += torch.cat([losses, kinds.sum(1), kinds.new_tensor([run])])
@@ -197,9 +218,8 @@ class Sums:
         losses, tokens = sums[:2], sums[2:]
         found = {"loss": sum(losses) / max(sum(tokens), 1),
                  "tokens_per_second": run / (time.perf_counter() - self.since)}
-        if self.are_known:
-            found |= {f"{kind}_loss": loss / count
-                      for kind, loss, count in zip(KINDS, losses, tokens, strict=True) if count}
+        found |= {f"{kind}_loss": loss / count
+                  for kind, loss, count in zip(KINDS, losses, tokens, strict=True) if count}
         self.clear()
         return found
 

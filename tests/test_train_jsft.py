@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from lm.models import load_tokenizer
 from preprocess import jsft_rows, judge_pairs_of
-from self_judge import jsft
+from self_judge import jsft, jsft_trainer
 from self_judge.base import find_base, load_base
 from self_judge.config import load_config
 from self_judge.judgment import judge_preferences
@@ -151,6 +151,30 @@ def test_loss_is_the_mean_over_the_supervised_tokens(train, common):
         "sft_loss": mean(learnt["sft"]), "judgment_loss": mean(learnt["judgment"])}, rel=1e-5)
 
 
+def test_rows_without_padding_cost_the_same(train, adapter_settings, monkeypatch, tmp_path):
+    """As flash attention runs them; sdpa finds the rows' bounds by their positions too."""
+    settings = adapter_settings | {
+        "peft_config.lora_dropout": 0, "training_args.max_steps": 2, "training_args.eval_steps": 2,
+        "training_args.eval_strategy": "steps",
+        "dataset": f"{{path: {train.data}, eval: {train.data}}}"}
+    padded = train(settings | {"training_args.output_dir": tmp_path / "padded"})
+    seen, score = [], jsft_trainer.supervised_log_probs
+
+    def noted(model, ids, *positional, **named):
+        seen.append((len(ids), set(named)))
+        return score(model, ids, *positional, **named)
+
+    monkeypatch.setattr(jsft_trainer, "UNPADDED", "sdpa")
+    monkeypatch.setattr(jsft_trainer, "supervised_log_probs", noted)
+    result = train(settings)
+    assert result.code == padded.code == 0, result.err
+    assert seen and all(seen_now == (1, {"position_ids"}) for seen_now in seen)
+    assert losses(result.folder) == pytest.approx(losses(padded.folder), rel=1e-5)
+    measured = ("eval_loss", "eval_sft_loss", "eval_judgment_loss")
+    assert history(result.folder, *measured)[0] == pytest.approx(
+        history(padded.folder, *measured)[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("wanted", ["sft", "judge"])
 def test_one_kind_of_examples_is_trained_alone(wanted, train):
     """Answers or judgments; the judge is measured all the same."""
@@ -257,8 +281,7 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"training_args.packing": "true"}, "packing needs model.attn_implementation flash_attention_2,"
-                                        " which is auto here"),
+    ({"training_args.packing": "true"}, "training_args.packing: leave it out; a step has the rows"),
     ({"jsft_args.examples": "judges"}, "examples is 'judges'; expected all, sft, judge; did you "
                                        "mean 'judge'"),
     ({"training_args.max_length": 9}, "set jsft_args.max_length, not training_args.max_length"),
