@@ -47,6 +47,8 @@ def main(base_model_name_or_path: str, peft_model_path: str, output_dir: str,
     """
     adapter = find_adapter(peft_model_path)
     base = resolve_model(base_model_name_or_path)
+    if others := other_base(base, adapter):
+        print(f"note: {adapter} was trained on {others}, not on {base}")
     output = Path(output_dir).expanduser()
     weights = next(adapter.glob("adapter_model.*"))
     origin = {"base_model": base, "adapter": str(adapter), "adapter_sha256": sha256(weights)}
@@ -57,6 +59,22 @@ def main(base_model_name_or_path: str, peft_model_path: str, output_dir: str,
         origin |= merge(base, adapter, unfinished, device)
         write_json(unfinished / "merge.json", origin)
     print(f"{output}: done")
+
+
+def other_base(base: str, adapter: Path) -> str | None:
+    """The base that an adapter says it was trained on, if that seems to be another one.
+
+    Folders move, so where only one of the two is here, its name must do.
+    """
+    try:
+        note = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:  # load_adapter tells of it
+        return None
+    noted = note.get("base_model_name_or_path")
+    if not noted or (Path(noted).name == Path(base).name
+                     and not (Path(noted).is_dir() and Path(base).is_dir())):
+        return None
+    return noted if Path(noted).resolve() != Path(base).resolve() else None
 
 
 def is_merged(output: Path, origin: dict, overwrite: bool) -> bool:

@@ -4,6 +4,7 @@ Adds to fire what people expect of a command: an unknown flag is an error that n
 one, text stays text (`--data_path 7` is "7"), and bad input ends in one line and exit code 2.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -36,8 +37,12 @@ def run(command: Callable) -> None:
     calls: list[Callable] = []  # fire looks for leftover arguments after its call, we before ours
     try:
         _reject_unknown_flags(command, sys.argv[1:])
-        fire.Fire(_checked(command, calls), command=_quoted(command, sys.argv[1:]),
-                  name=os.path.basename(sys.argv[0]))
+        arguments, shown = _quoted(command, sys.argv[1:]), contextlib.nullcontext()
+        if {"--help", "-h"} & {*arguments}:  # fire writes it to stderr, which no pager gets
+            arguments, shown = ["--", "--help"], contextlib.redirect_stderr(sys.stdout)
+        with shown:
+            fire.Fire(_checked(command, calls), command=arguments,
+                      name=os.path.basename(sys.argv[0]))
         for call in calls:
             call()
     except InputError as error:
@@ -114,10 +119,11 @@ def _quoted(command: Callable, arguments: list[str]) -> list[str]:
                    for name, parameter in inspect.signature(command).parameters.items()}
     quoted, flag = [], ""  # the flag that the argument before this one left without a value
     for argument in arguments:
-        name, equals, value = argument.partition("=")
         kind = annotations.get(flag)
         is_value = flag and not argument.startswith("--") and (
             kind is not bool or argument in ("True", "False"))
+        argument = argument if is_value else _in_full(argument, command)
+        name, equals, value = argument.partition("=")
         if is_value:
             quoted.append(repr(argument) if kind is str else argument)
         elif _overrides(command) and not argument.startswith("-"):
@@ -133,6 +139,14 @@ def _quoted(command: Callable, arguments: list[str]) -> list[str]:
             quoted.append(argument)
         flag = _parameter(name) if argument.startswith("--") and not equals else ""
     return quoted
+
+
+def _in_full(argument: str, command: Callable) -> str:
+    """A flag's letter as its name, if no other flag begins with it: so --help lists them."""
+    flag, equals, value = argument.partition("=")
+    meant = [name for name in inspect.signature(command).parameters
+             if f"-{name[0]}" == flag and name != _overrides(command)]
+    return f"--{meant[0]}{equals}{value}" if len(meant) == 1 else argument
 
 
 def _parameter(flag: str) -> str:

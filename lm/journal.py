@@ -91,11 +91,21 @@ def by_content(lines: Iterable[Record], contents: Sequence[str]) -> dict[int, Re
     return dict(sorted(found.items()))
 
 
-def append(file: IO[str], line: Mapping) -> None:
-    """A line that is on the disk when this returns."""
-    file.write(json.dumps(line) + "\n")
+def append(file: IO[str], *lines: Mapping) -> None:
+    """Lines that are on the disk when this returns."""
+    file.write("".join(json.dumps(line) + "\n" for line in lines))
     file.flush()
     os.fsync(file.fileno())
+
+
+def merge(file: IO[str], others: Sequence[Path], settings: Mapping) -> None:
+    """Move the lines of other journals into an open one, but for those that a killed merge moved.
+    """
+    there = set(map(json.dumps, read_journal(Path(file.name), settings) if others else ()))
+    for other in others:
+        lines = read_journal(other, settings)
+        append(file, *(line for line in lines if json.dumps(line) not in there))
+        other.unlink()
 
 
 def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
@@ -104,7 +114,7 @@ def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
                for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if changed:
         raise InputError(f"{path}: was made with other settings ({'; '.join(changed)}); "
-                         "choose another --output_path, or --overwrite")
+                         "go on with those, write elsewhere, or --overwrite")
 
 
 def digest(value: object) -> str:

@@ -27,9 +27,9 @@ PRECISIONS = ("auto", "8bit", "4bit", "bf16", "fp16", "fp32", "checkpoint")
 def resolve_model(name: str) -> str:
     """The folder or Hub id that a model's name stands for."""
     path = Path(name).expanduser()
-    if name and path.is_dir():
+    if name and path.is_dir() and (name != DEFAULT_MODEL or _holds_weights(path)):
         return _checked_folder(path)
-    if name == DEFAULT_MODEL:
+    if name == DEFAULT_MODEL:  # a folder of that name here may hold its answers
         path = SAVED_MODELS / name
         if not path.is_dir():
             raise InputError(f"{name}: not here yet; get it with "
@@ -162,7 +162,12 @@ def _checked_folder(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path}: is an adapter, not a whole model; merge it first with "
                          f"`python merge.py --peft_model_path {path}`")
-    raise InputError(f"{path}: not a model folder (it has no config.json)")
+    hidden = "; rename it if you mean the Hub's model" if _could_be_on_hub(str(path)) else ""
+    raise InputError(f"{path}: not a model folder (it has no config.json){hidden}")
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _download_adapter(name: str) -> Path:
@@ -178,9 +183,13 @@ def _download_adapter(name: str) -> Path:
 
 def _looks_local(name: str) -> bool:
     """Whether a name that is no folder here was meant as one: anything but `name` or `org/name`."""
+    first, slash, _ = name.partition("/")
+    return not _could_be_on_hub(name) or (bool(slash) and Path(first).is_dir())
+
+
+def _could_be_on_hub(name: str) -> bool:
     first, *rest = name.split("/")
-    return first in ("", ".", "..", "~") or len(rest) > 1 or rest == [""] or (
-        bool(rest) and Path(first).is_dir())
+    return first not in ("", ".", "..", "~") and len(rest) < 2 and rest != [""]
 
 
 def _precision(load_in: str) -> tuple["object", "BitsAndBytesConfig | None"]:

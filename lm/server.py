@@ -56,6 +56,9 @@ class Server:
                              "or more")
         self.model = model
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise InputError(f"{self.base_url}: is no server's address; --base_url (or "
+                             "OPENAI_BASE_URL) begins with http:// or https://")
         self.price = price_of(model, self.base_url, price_in, price_out)
         if max_cost and not self.price.known:
             raise InputError(f"--max_cost needs the price of {model}; give --price_in and "

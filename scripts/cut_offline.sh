@@ -8,7 +8,8 @@
 #   WITHOUT=l1 AS_IN_PAPER=True OUT=runs/without-l1 bash scripts/cut_offline.sh   # an ablation
 #   DRY_RUN=1 bash scripts/cut_offline.sh                                     # shows its commands
 #
-# Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): about 1 for training, 1 for answers.
+# Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): about 1 for training, a
+#           quarter for answers.
 # Money     none; scores by gpt-4 $18 (scripts/evaluate_alpaca.sh). Judgments of UltraFeedback by
 #           gpt-4: $90 for 4000 responses (an estimate).
 # Expected  AlpacaEval win rate against text-davinci-003 with GPT-4 as judge: 1.87 before, 61.06

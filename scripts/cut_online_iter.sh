@@ -5,7 +5,8 @@
 # of the authors' model of that round with GPT-4's judgments, positives down-sampled to a quarter
 # of the negatives.
 #
-# Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): 0.5 for training, 1 for answers.
+# Hardware  8 GPUs of 80 GB. Hours (an estimate, not measured): 0.5 for training, a
+#           quarter for answers.
 # Money     none; scores by gpt-4 $18 a round (scripts/evaluate_alpaca.sh).
 # Expected  AlpacaEval 81.09 before; rounds 1 to 5: 89.75, 90.23, 91.04, 91.68, 90.68;
 #           TruthfulQA 45.44 before; 50.56, 51.67, 52.69, 52.56, 52.96.

@@ -10,6 +10,10 @@ launch() { # SCRIPT FLAGS...
     fi
 }
 
+shared() { # SCRIPT FLAGS...
+    if [ "$GPUS" = 1 ]; then python "$@"; else torchrun --nproc_per_node="$GPUS" "$@"; fi
+}
+
 # batch_size = micro_batch_size x GPUS x accumulation: keep 8 when GPUS differ.
 train() { # further flags of finetune_unlikelihood.py
     launch finetune_unlikelihood.py \
@@ -20,15 +24,16 @@ train() { # further flags of finetune_unlikelihood.py
         --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 \
         --lora_target_modules '[gate_proj,down_proj,up_proj]' \
         --threshold "$THRESHOLD" --weight_unlike "$WEIGHT_UNLIKE" \
-        --load_in "$LOAD_IN" --gradient_checkpointing True --max_steps "$MAX_STEPS" "$@"
+        --load_in "$LOAD_IN" --gradient_checkpointing True --max_steps "$MAX_STEPS" \
+        --save_steps 10 "$@" # a run has 40 to 170: a kill costs a few minutes
 }
 
-# A plain checkpoint, and its greedy answers in AlpacaEval's format. GENERATE holds several words,
-# so it stands without quotes.
+# A plain checkpoint, and its greedy answers in AlpacaEval's format, a share on each GPU. GENERATE
+# holds several words, so it stands without quotes.
 merge_and_answer() {
     python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/adapter" \
         --output_dir "$OUT/model" --device "${MERGE_ON:-auto}"
-    python scripts/generate.py --base_model_name_or_path "$OUT/model" \
+    shared scripts/generate.py --base_model_name_or_path "$OUT/model" \
         --output_path "$OUT/alpaca_eval.json" --max_new_tokens "$MAX_NEW_TOKENS" \
         ${PROMPTS:+--data_path "$PROMPTS"} ${GENERATE:-}
     echo "model: $OUT/model; answers: $OUT/alpaca_eval.json"

@@ -1,11 +1,15 @@
 # Sourced by the recipes: makes or reuses the virtual environment and puts it on PATH.
 # VENV chooses its folder (default .venv); PYTHON the interpreter that makes it.
 # DRY_RUN=1: the recipe prints its commands, ready to be typed, and runs and installs nothing.
+if [ "${DRY_RUN:-0}" = 0 ]; then unset DRY_RUN; fi
 if [ -n "${DRY_RUN:-}" ]; then
     show() { printf '%q ' "$@"; echo; }
     python() { show python "$@"; }
     torchrun() { show torchrun "$@"; }
     accelerate() { show accelerate "$@"; }
+    ruff() { show ruff "$@"; }
+    mkdir() { show mkdir "$@"; }
+    cat() { :; } # a recipe's last words tell of results
     exec() { "$@"; } # it would look past the functions
     export -f show python torchrun accelerate
     return

@@ -4,8 +4,9 @@
         --model runs/ai_judge/model --max_failed 1
     python scripts/evaluate_ai_judge.py --truth known.json --judged judged.json
 
-A decision is whether anything is wrong with a response; what the judgments say is shown, not
-counted. Any judge of scripts/annotate.py can be measured. Cost: no money, a second on a CPU.
+A decision is whether anything is wrong with a response; a judgment that cannot be read decides
+nothing, and counts as wrong. What the judgments say is shown, not counted. Any judge of
+scripts/annotate.py can be measured. Cost: no money, a second on a CPU.
 """
 
 import random
@@ -27,7 +28,7 @@ from scripts.annotate import contents_of, journal_file
 
 MEANINGS = {
     "readable": "judgments that could be read",
-    "right": "of these, right about whether there is a fault",
+    "right": "right about whether there is a fault (unreadable is wrong)",
     "right_perfect": "... of responses without a fault",
     "right_faulty": "... of responses with one",
     "majority": "right, had it always said what is more frequent",
@@ -47,13 +48,15 @@ def main(truth: str, judged: str, output: str = "", show: int = 3) -> None:
     check_fields(records, truth, {"instruction": (str,), "output": (str,),
                                   "judgment": (str, NoneType)})
     settings, lines = read_judgments(Path(judged), truth, records)
-    shares = agreement(records, lines)
+    verdicts = agreement(records, lines)
+    shares = {name: wilson(sum(hits), len(hits)) for name, hits in verdicts.items()}
     name = settings.get("model", settings["judge"])
     print("\n".join([f"{name}, {len(records)} known judgments", "", *report(shares)]))
     print("\n".join(side_by_side(records, lines, show)))
     if output:
         write_json(output, {"benchmark": "ai_judge", "model": name, "truth": truth,
-                            "metrics": {key: asdict(share) for key, share in shares.items()}})
+                            "metrics": {key: asdict(share) for key, share in shares.items()},
+                            "verdicts": verdicts})
         print(f"\nwritten: {output}")
 
 
@@ -73,20 +76,19 @@ def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Rec
     return settings, [last[index] for index in range(len(records))]
 
 
-def agreement(records: list[Record], lines: list[Record]) -> dict[str, Share]:
-    """The shares of MEANINGS; a share of nothing is left out."""
-    both = [(record["judgment"] is None, line["judgment"] is None)
-            for record, line in zip(records, lines, strict=True) if line["status"] == "ok"]
-    right = [(known, known == said) for known, said in both]
-    perfect = sum(known for known, _ in both)
+def agreement(records: list[Record], lines: list[Record]) -> dict[str, list[bool]]:
+    """The verdicts that the shares of MEANINGS are of; those of nothing are left out."""
+    perfect = [record["judgment"] is None for record in records]
+    right = [line["status"] == "ok" and (line["judgment"] is None) == known
+             for known, line in zip(perfect, lines, strict=True)]
     counted = {
         "readable": [line["status"] == "ok" for line in lines],
-        "right": [hit for _, hit in right],
-        "right_perfect": [hit for known, hit in right if known],
-        "right_faulty": [hit for known, hit in right if not known],
-        "majority": [known == (2 * perfect >= len(both)) for known, _ in both],
+        "right": right,
+        "right_perfect": [hit for hit, known in zip(right, perfect, strict=True) if known],
+        "right_faulty": [hit for hit, known in zip(right, perfect, strict=True) if not known],
+        "majority": [known == (2 * sum(perfect) >= len(perfect)) for known in perfect],
     }
-    return {name: wilson(sum(hits), len(hits)) for name, hits in counted.items() if hits}
+    return {name: hits for name, hits in counted.items() if hits}
 
 
 def report(shares: dict[str, Share]) -> Iterator[str]:

@@ -137,8 +137,8 @@ def read_pairs(model_outputs: str, reference: str, limit: int) -> tuple[list[Rec
     if limit < 0:
         raise InputError(f"--limit is {limit}; expected 0 (all) or more")
     answers = read_answers(model_outputs)[:limit or None]
-    of_reference = {record["instruction"]: record
-                    for record in read_answers(reference or download_alpaca_eval())}
+    reference = reference or download_alpaca_eval("--reference_outputs")
+    of_reference = {record["instruction"]: record for record in read_answers(reference)}
     for index, answer in enumerate(answers):
         if answer["instruction"] not in of_reference:
             raise InputError(f"{model_outputs}: record {index}: the reference has no answer to "

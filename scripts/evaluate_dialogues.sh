@@ -18,7 +18,9 @@ source scripts/environment.sh
 
 MODEL=${1:?which model? bash scripts/evaluate_dialogues.sh FOLDER}
 SFT=${SFT:-}                      # the baseline of VicunaEval; empty: MT-Bench alone
-OUT=${OUT:-$MODEL}
+FOLDER=$MODEL                     # of the answers; a name is no folder
+[ -d "$MODEL" ] || FOLDER=runs/$(basename "$MODEL")
+OUT=${OUT:-$FOLDER}
 TEMPLATE=${TEMPLATE:-alpaca}      # or chat; SELF-JUDGE: configs/templates/chat.jinja
 JUDGE=${JUDGE:-gpt-4}
 BASE_URL=${BASE_URL:-}            # default: OPENAI_BASE_URL, else OpenAI

@@ -11,6 +11,7 @@ is judged in both orders: no money; 1000 pairs by a 7B model, 5 minutes on one H
 """
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -72,6 +73,8 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
         raise InputError(f"--limit {limit} and --batch_tokens {batch_tokens} must be 0 or more")
     section = read_templates(templates)
     preferences = read_pairs(pairs, section, seed)[:limit or None]
+    if output:
+        check_writable(Path(output))
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})
     tokenizer = load_tokenizer(base.model)
@@ -86,6 +89,18 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
     if output:
         write_json(output, results(str(base), pairs, preferences, judged[0], groups))
         print(f"\nwritten: {output}")
+
+
+def check_writable(output: Path) -> None:
+    """Stop before hours of judging whose result could not be kept."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error.strerror}); choose "
+                         "another") from error
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder; give a file's name")
 
 
 def precision(load_in: str) -> str:

@@ -38,6 +38,7 @@ from lm.journal import (
     check_settings,
     digest,
     discard,
+    merge,
     open_journal,
     read_journal,
 )
@@ -230,15 +231,18 @@ def load_prompts(source: str, limit: int) -> list[Record]:
     return rows
 
 
-def download_alpaca_eval() -> str:
-    """The raw file of the evaluation split; the dataset's loading script no longer works."""
+def download_alpaca_eval(instead: str = "--data_path") -> str:
+    """The raw file of the evaluation split; the dataset's loading script no longer works.
+
+    `instead` is the flag that takes a file in its place.
+    """
     from huggingface_hub import hf_hub_download
 
     try:
         return hf_hub_download(ALPACA_EVAL, "alpaca_eval.json", repo_type="dataset")
     except Exception as error:  # the Hub client raises many kinds; each means "not reachable"
         raise InputError(f"{ALPACA_EVAL}: cannot be fetched from the Hub "
-                         f"({str(error).strip().splitlines()[0]}); give a file with --data_path"
+                         f"({str(error).strip().splitlines()[0]}); give a file with {instead}"
                          ) from error
 
 
@@ -399,11 +403,8 @@ def write_output(output: Path, records: list[Record], settings: dict,
 
 def gather(output: Path, settings: dict, file: IO[str]) -> None:
     """All processes' lines in the first one's journal, which is open; then the others go."""
-    for other in journal_files(output):
-        if other != journal_file(output):
-            for line in read_journal(other, bound(settings)):
-                append(file, line)
-            other.unlink()
+    first = journal_file(output)
+    merge(file, [path for path in journal_files(output) if path != first], bound(settings))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ processes, and another --select asks for nothing twice.
 
 import functools
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from lm.records import InputError, Record, join_input, read_records, write_text,
 from scripts.evaluate_judge import TEMPLATES, precision, read_templates
 from scripts.self_reject import (
     check_flags,
+    check_paths,
     in_parts,
     journal_of,
     judge_settings,
@@ -88,7 +90,7 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         thresholds: Of rest, 0 to 1. Several, rising, such as 0.5,0.6,0.7, are those of successive
             improve steps: OUTPUT.improve1, OUTPUT.improve2 ..., the last one in OUTPUT itself.
         samples_path: Journal of samples and verdicts, by default OUTPUT.samples.jsonl; several
-            outputs may share one.
+            outputs may share one. It notes them, and no other file is replaced.
         peft_model_path: Adapter to merge into the model.
         temperature: Of the samples.
         top_p: Sample from the most probable tokens that hold this much probability.
@@ -107,6 +109,9 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
     output.parent.mkdir(parents=True, exist_ok=True)
     check_flags(num_samples, temperature, top_p, max_new_tokens, batch_tokens)
     levels = check_selection(select, num_samples, opponents, num_accepted, beta, thresholds)
+    outputs = improve_files(output, len(levels)) if select == "rest" else [output]
+    journal = Path(samples_path) if samples_path else journal_of(output)
+    check_paths(outputs, data_path=data_path, samples_path=journal)
     section = read_templates(templates)
     records, prompts = read_prompts(data_path, section, limit)
     base = find_base({"pretrained_model_name_or_path": model,
@@ -135,12 +140,11 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
             found = ({output: accepted_pairs(responses, scores, judge, accepted, beta,
                                              [f"{seed} rso {place}" for place in which])}
                      if select == "rso" else
-                     {path: (above(scores, level), Counter()) for path, level
-                      in zip(improve_files(output, len(levels)), levels, strict=True)})
+                     {path: (above(scores, level), Counter())
+                      for path, level in zip(outputs, levels, strict=True)})
         return samples, judged, found
 
-    journal = Path(samples_path) if samples_path else journal_of(output)
-    labelled = shared_out(label, queries, output, journal, settings, overwrite)
+    labelled = shared_out(label, queries, outputs, journal, settings, overwrite)
     if labelled is None:
         return
     samples, judged, found = labelled
@@ -213,7 +217,7 @@ def read_prompts(source: str, templates: "Templates",
         prompts.append(prompt)
     for number, what in ((left_out, "records without a pair"),
                          (len(bad.messages), "bad records")):
-        if number:
+        if number and os.environ.get("RANK", "0") == "0":
             print(f"{source}: {number} {what} left out, as in training")
     if not records:
         raise InputError(f"{source}: holds no prompt; expected HH's or UltraFeedback's fields, or "

@@ -39,8 +39,9 @@ def _tournament(samples: int) -> Measure:
                    f"{{folder}}/{{run}}/{name}.json")
 
 
-DIALOGUES = ("TEMPLATE=configs/templates/chat.jinja SFT={folder}/sft/model OUT={folder}/{run} "
-             "bash scripts/evaluate_dialogues.sh {model}")
+MT_BENCH = ("TEMPLATE=configs/templates/chat.jinja OUT={folder}/{run} "
+            "bash scripts/evaluate_dialogues.sh {model}")
+VICUNA = "SFT={folder}/sft/model " + MT_BENCH  # the recipe does both then
 MEASURES = {
     "arc": _ranking("ARC, 25-shot", "arc_challenge:25:acc_norm"),
     "hellaswag": _ranking("HellaSwag, 10-shot", "hellaswag:10:acc_norm"),
@@ -58,9 +59,9 @@ MEASURES = {
     "rougeL": _rouge("ROUGE-L", "rougeL"),
     "rougeLsum": _rouge("ROUGE-Lsum", "rougeLsum"),
     "mt_bench": Measure("MT-Bench", "{run}/mt_bench/gpt-4/results.json",
-                        ("scores", "all", "all", "mean"), DIALOGUES),
+                        ("scores", "all", "all", "mean"), MT_BENCH),
     "vicuna": Measure("VicunaEval", "{run}/vicuna/gpt-4/results.json",
-                      ("shares", "win_rate", "share"), DIALOGUES, 100),
+                      ("shares", "win_rate", "share"), VICUNA, 100),
     "judge": Measure("accuracy", "{run}/judge.json", ("metrics", "all", "accuracy", "share"), "",
                      100),
     **{f"tournament{samples}": _tournament(samples) for samples in (1, 2, 4, 8, 16)},
@@ -114,7 +115,10 @@ def commands_for(root: Path, row: Record, measures: Sequence[Measure],
     generate = f"GENERATE='{row['generate']}' " if "generate" in row else ""
     if "recipe" in row and not Path(model).is_dir():
         yield row["recipe"]
-    for measure, mine in zip(measures, ours, strict=True):
-        if mine is None and measure.command:
-            yield measure.command.format(folder=root, model=model, run=row["run"],
-                                         name=row["run"].replace("/", "-"), generate=generate)
+    commands = [measure.command.format(folder=root, model=model, run=row["run"],
+                                       name=row["run"].replace("/", "-"), generate=generate)
+                for measure, mine in zip(measures, ours, strict=True)
+                if mine is None and measure.command]
+    commands = [command for command in commands if f"SFT={model} " not in command]  # with itself
+    yield from (command for command in commands  # one may do what another does, and more
+                if not any(other.endswith(f" {command}") for other in commands))

@@ -13,6 +13,11 @@ Entries = Sequence[tuple[str, Record]]  # path below the folder, what it holds
 BENCHMARK = re.compile(rb'\s*\{\s*"benchmark": "(\w+)"')  # how results of evaluate_* begin
 # What Markdown or HTML would take for its own: marks, links, emphasis
 SPECIAL = re.compile(r"[\\`*|<>&]|\](?=[(\[:])|(?<!\w)_|_(?!\w)")
+NEEDED = {  # in files that do not begin with `benchmark`; other programs have such names too
+    "annotation": ("settings.judge", "responses", "positive", "negative", "failed", "requests",
+                   "cost"),
+    "online": ("rounds",),
+    "training": ("status", "data.path")}
 WHOLE = {"alpaca_eval": 805, "mt_bench": 160, "vicuna": 80}  # questions; fewer are told
 
 
@@ -20,8 +25,8 @@ def found_tables(root: Path, files: Sequence[Path]) -> Iterator[str]:
     """A table of each kind of result."""
     results: dict[str, list[tuple[str, Record]]] = {kind: [] for kind in KINDS}
     for path in files:
-        if kind := kind_of(path):
-            results[kind].append((path.relative_to(root).as_posix(), read(path)))
+        if (kind := kind_of(path)) and is_ours(kind, result := read(path)):
+            results[kind].append((path.relative_to(root).as_posix(), result))
     for kind, entries in results.items():
         if entries:
             title, build = KINDS[kind]
@@ -41,6 +46,19 @@ def kind_of(path: Path) -> str | None:
         start = BENCHMARK.match(file.read(100))
     named = start[1].decode() if start else by_name.get(path.name)
     return named if named in KINDS else None
+
+
+def is_ours(kind: str, result: object) -> bool:
+    """Whether a file that was known by its name alone has what its table shows."""
+    def has(key: str) -> bool:
+        found = result
+        for name in key.split("."):
+            if not isinstance(found, dict) or name not in found:
+                return False
+            found = found[name]
+        return True
+
+    return all(map(has, NEEDED.get(kind, ())))
 
 
 def alpaca(root: Path, entries: Entries) -> Iterator[str]:

@@ -12,13 +12,15 @@ of its training write them, so `--num_samples 1 --temperature 0` is how it answe
     torchrun --nproc_per_node=8 scripts/self_reject.py ...  # a share of the prompts on each GPU
 
 Each sample and each verdict goes to OUTPUT.samples.jsonl at once (of further processes, to
-OUTPUT.samples.1.jsonl and so on); after a stop, even a kill, the same command goes on where it was,
-with any number of processes. The file stays: more `--nested` sizes cost what is new in them.
+OUTPUT.samples.process1.jsonl and so on); after a stop, even a kill, the same command goes on where
+it was, with any number of processes. The file stays: more `--nested` sizes cost what is new in
+them.
 """
 
 import functools
 import glob
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, discard, open_journal, read_journal
+from lm.journal import append, digest, discard, merge, open_journal, read_journal
 from lm.models import load_tokenizer, resolve_model
 from lm.records import InputError, Record, write_json
 from lm.tables import table
@@ -91,6 +93,8 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
 
     output = Path(output_path)
     sizes = sizes_of(nested, num_samples)
+    outputs = [*(nested_file(output, size) for size in sizes), output]
+    check_paths(outputs, data_path=data_path)
     check_flags(num_samples, temperature, top_p, max_new_tokens, batch_tokens)
     section = read_templates(templates)
     records = load_prompts(data_path, limit)
@@ -114,13 +118,13 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
                         lines, file, asked)
         return samples, responses, tournaments(responses, {num_samples, *sizes}, judge, quiet)
 
-    found = shared_out(play, queries, output, journal_of(output), settings, overwrite)
+    found = shared_out(play, queries, outputs, journal_of(output), settings, overwrite)
     if found is None:
         return
     samples, responses, played = found
     name = generator or Path((base.adapters or [resolve_model(base.model)])[-1]).resolve().name
-    written = [*((size, nested_file(output, size), f"{name}-n{size}") for size in sizes),
-               (num_samples, output, name)]
+    written = list(zip((*sizes, num_samples), outputs,
+                       (*(f"{name}-n{size}" for size in sizes), name), strict=True))
     for size, path, label in written:
         write_json(path, answers(records, winners(responses, played[size]), label))
     if brackets:
@@ -135,6 +139,15 @@ def sizes_of(nested: str, num_samples: int) -> list[int]:
         raise InputError(f"--nested is {nested!r}; expected numbers from 1 to num_samples "
                          f"({num_samples}), separated by commas")
     return sorted(set(sizes))
+
+
+def check_paths(outputs: Sequence[Path], **others: str | Path) -> None:
+    """Stop at an output that is another flag's file as well."""
+    for path in outputs:
+        for flag, other in others.items():
+            if path.resolve() == Path(other).resolve():
+                raise InputError(f"{path}: is to be written, and is --{flag}; choose another "
+                                 "--output_path, so that both are kept")
 
 
 def check_flags(num_samples: int, temperature: float, top_p: float, max_new_tokens: int,
@@ -201,15 +214,16 @@ def journal_of(output: Path) -> Path:
 
 
 def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool], object]",
-               queries: Sequence[list[int]], output: Path, journal: Path, settings: dict,
-               overwrite: bool) -> object:
+               queries: Sequence[list[int]], outputs: Sequence[Path], journal: Path,
+               settings: dict, overwrite: bool) -> object:
     """What `play` makes of all prompts; None in all processes but the first.
 
     Of several processes each plays with its share of the prompts, for the journal's sake; then the
-    first one plays with all, and finds everything noted.
+    first one plays with all, and finds everything noted. The last of the outputs is the one that
+    the others, and a journal of its own, are named after.
     """
     place, processes = launched(alone=False)
-    file, lines = open_samples(output, journal, settings, overwrite, place, processes)
+    file, lines = open_samples(outputs, journal, settings, overwrite, place, processes)
     with file:
         if processes > 1:
             if mine := share(list(map(len, queries)), place, processes):
@@ -219,39 +233,62 @@ def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool],
         if place:
             return None
         found = play(range(len(queries)), lines, file, processes > 1)
-        for other in further_journals(journal):
-            for line in read_journal(other, settings):
-                append(file, line)
-            other.unlink()
+        merge(file, further_journals(journal), settings)
+        if journal != journal_of(outputs[-1]):
+            notes = [{"written": name_beside(journal, path)} for path in outputs]
+            append(file, *(note for note in notes if note not in lines))
         return found
 
 
-def open_samples(output: Path, journal: Path, settings: dict, overwrite: bool, place: int,
-                 processes: int) -> tuple[IO[str], list[Record]]:
-    """This process's journal of samples and verdicts, and the lines of all processes' journals.
-
-    An output that is not known to be ours is defended.
-    """
+def open_samples(outputs: Sequence[Path], journal: Path, settings: dict, overwrite: bool,
+                 place: int, processes: int) -> tuple[IO[str], list[Record]]:
+    """This process's journal of samples and verdicts, and the lines of all processes' journals."""
     if overwrite and place == 0:
         for path in (journal, *further_journals(journal)):
             discard(path)
     wait(processes)
-    if not overwrite and output.exists() and not journal.exists():
-        raise InputError(f"{output}: is there already, and {journal.name} is not; choose another "
-                         "--output_path, or --overwrite")
-    own = journal.with_name(f"{journal.stem}.{place}{journal.suffix}") if place else journal
+    if not overwrite:
+        check_outputs(outputs, journal, settings)
+    own = journal.with_name(
+        f"{journal.stem}.process{place}{journal.suffix}") if place else journal
     file, _ = open_journal(own, settings)
     wait(processes)  # before another process adds to its own
     lines = read_samples(journal, settings)
     if lines and place == 0:
         drawn = sum("sample" in line for line in lines)
-        print(f"{journal}: going on after {drawn} samples and {len(lines) - drawn} verdicts")
+        judged = sum("probabilities" in line for line in lines)
+        print(f"{journal}: going on after {drawn} samples and {judged} verdicts")
     return file, lines
+
+
+def check_outputs(outputs: Sequence[Path], journal: Path, settings: dict) -> None:
+    """Stop at an output that is there and not known to be ours.
+
+    A journal that is named after it speaks for it; one that outputs may share notes each of them,
+    before it is written.
+    """
+    there = [path for path in outputs if path.exists()]
+    if there and not journal.exists():
+        raise InputError(f"{there[0]}: is there already, and {journal.name} is not; choose another "
+                         "--output_path, or --overwrite")
+    if not there or journal == journal_of(outputs[-1]):
+        return
+    noted = [line.get("written") for line in read_journal(journal, settings)]
+    for path in there:
+        if name_beside(journal, path) not in noted:
+            raise InputError(f"{path}: is there already, and {journal} does not note that it was "
+                             "made of its samples; move it, or choose another --output_path")
+
+
+def name_beside(journal: Path, output: Path) -> str:
+    """An output's name as a journal notes it, the same when both are moved."""
+    return os.path.relpath(output, journal.parent)
 
 
 def further_journals(journal: Path) -> list[Path]:
     """Those of other processes than the first, of however many."""
-    return sorted(journal.parent.glob(f"{glob.escape(journal.stem)}.[0-9]*{journal.suffix}"))
+    return sorted(journal.parent.glob(
+        f"{glob.escape(journal.stem)}.process[0-9]*{glob.escape(journal.suffix)}"))
 
 
 def read_samples(journal: Path, settings: dict) -> list[Record]:
@@ -301,13 +338,15 @@ def referee(load: Callable[[], object], tokenizer: object, contexts: Mapping[int
     def pair_of(match: Match) -> Pair:
         return Pair(contexts[prompts[match.context]], match.response_a, match.response_b)
 
+    def note_of(match: Match, judgment: "Judgment") -> Record:
+        texts = responses[match.context]
+        return {"prompt": prompts[match.context],
+                "a": texts.index(match.response_a), "b": texts.index(match.response_b),
+                "probabilities": judgment.probabilities, "cut": judgment.cut}
+
     def judge(matches: Sequence[Match]) -> "list[Judgment]":
         judgments = judge_pairs(load(), tokenizer, list(map(pair_of, matches)), **asked)
-        for match, judgment in zip(matches, judgments, strict=True):
-            texts = responses[match.context]
-            append(file, {"prompt": prompts[match.context],
-                          "a": texts.index(match.response_a), "b": texts.index(match.response_b),
-                          "probabilities": judgment.probabilities, "cut": judgment.cut})
+        append(file, *map(note_of, matches, judgments))
         return judgments
 
     known = {}

@@ -28,13 +28,18 @@ trial() { # NAME FLAGS...
         --peft_model_path "$OUT/$name/adapter" --generator "$name" --data_path "$PROMPTS" \
         --output_path "$OUT/$name/answers.json" --max_new_tokens 64
 }
-export -f trial
+logged() { # NAME FLAGS...
+    if [ -n "${DRY_RUN:-}" ]; then trial "$@"; return; fi
+    mkdir -p "$OUT/$1"
+    trial "$@" > "$OUT/$1/log" 2>&1 && echo "done: $1"
+}
+export -f trial logged
 
 mkdir -p "$OUT"
 python scripts/generate.py --base_model_name_or_path "$MODEL" --generator base \
     --data_path "$PROMPTS" --output_path "$OUT/base.json" --max_new_tokens 64
-grep -v '^#' "$TRIALS" | xargs -P "$WORKERS" -I{} bash -c \
-    'set -- {}; mkdir -p "$OUT/$1"; trial "$@" > "$OUT/$1/log" 2>&1 && echo "done: $1"'
+if [ -n "${DRY_RUN:-}" ]; then WORKERS=1; fi
+grep -v '^#' "$TRIALS" | xargs -P "$WORKERS" -I{} bash -c 'logged {}'
 outputs=$(grep -v '^#' "$TRIALS" | while read -r name _; do echo -n ",$OUT/$name/answers.json"; done)
 python scripts/evaluate_constraints.py --prompts "$PROMPTS" --outputs "$OUT/base.json$outputs" \
     --show 0 --output "$OUT/results.json"

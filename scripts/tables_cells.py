@@ -368,8 +368,9 @@ def judge(told: Record) -> Iterator[tuple[str, dict]]:
 
 def ai_judge(told: Record) -> Iterator[tuple[str, dict]]:
     """Of scripts/evaluate_ai_judge.py: all its shares."""
-    for name, measured in told["metrics"].items():
-        yield name, {"hits": measured["hits"], "total": measured["total"]}
+    for name, hits in told["verdicts"].items():
+        yield name, {"hits": sum(hits), "total": len(hits),
+                     "items": "".join("01"[hit] for hit in hits)}
 
 
 READERS = {"constraints": constraints, "judge": judge, "ai_judge": ai_judge}

@@ -30,12 +30,14 @@ The papers' figures are of larger models, other data and other measures: what ca
 order of the rows, not the figures.
 
 Here a figure is the share, in per cent, of the held-out constraints that a model's answers satisfy,
-decided by IFEval's checkers, or of the held-out pairs that a judge decides rightly. It is the mean
-over seeds. **By seed** is the t-interval (95 %) over seeds. **By prompt** is, of a figure, Wilson's
-interval of all seeds' verdicts together, which takes them for independent; of a difference, a
-bootstrap over prompts of the paired verdicts, averaged over seeds. An order that a paper claims
-*holds* if both intervals of the difference lie above 0, *does not hold* if both lie below, and
-cannot be told if one includes 0. Intervals are not corrected for the number of claims.
+decided by IFEval's checkers, or of the held-out pairs or responses that a judge decides rightly. It
+is the mean over seeds. **By seed** is the t-interval (95 %) over seeds; there is none of one seed,
+or of seeds that all agree. **By prompt** is a bootstrap over prompts (or pairs) of what is averaged
+over seeds, a figure or a paired difference; of a single seed's figure, or where prompts differ from
+seed to seed, it is Wilson's interval, and of a difference none. An order that a paper claims
+*holds* if all intervals of the difference lie above 0, *does not hold* if all lie below, and cannot
+be told if one includes 0 or there is none by seed. Intervals are not corrected for the number of
+claims.
 """
 
 
@@ -98,11 +100,11 @@ def table_lines(settings: Mapping, told: Record, papers: Sequence[Record], liste
         theirs = [their_figure(papers, column, name) for column, name in
                   zip(columns, row.get("paper", [None] * len(columns)), strict=True)]
         rows.append([row["name"], *theirs, *our_cells(ours, against),
-                     tokens(told, row["row"])])
+                     *training(told, row)])
     yield from markdown_table(
         ["", *(f"paper: {column['head']}" for column in columns), "here, %", "by seed",
          "by prompt", f"above {listed['against']}", "by seed", "by prompt", "seeds",
-         "training tokens"], rows)
+         "training steps", "tokens"], rows)
     yield from claims(listed, measured)
     yield from missing(settings, told, listed)
     if any(measured.values()):
@@ -137,11 +139,13 @@ def interval(found: Interval) -> str:
     return "-" if found is None else f"[{found[0]:.1f}, {found[1]:.1f}]"
 
 
-def tokens(told: Record, row: str) -> str:
-    """Mean over the seeds of the tokens that were trained on."""
-    known = [cell["tokens"] for cell in told["cells"].values()
-             if cell["row"] == row and cell["part"].startswith("seed") and cell.get("tokens")]
-    return f"{sum(known) / len(known):.0f}" if known else "-"
+def training(told: Record, row: Mapping) -> Iterator[str]:
+    """Mean over the seeds of the steps and of the tokens that were trained on."""
+    for what in ("steps", "tokens"):
+        known = [cell[what] for cell in told["cells"].values()
+                 if cell["row"] == row["row"] and cell["part"].startswith("seed")
+                 and cell.get(what) and row.get("trained", True)]
+        yield f"{sum(known) / len(known):.0f}" if known else "-"
 
 
 def their_figure(papers: Sequence[Record], column: Mapping, name: str | None) -> str:
@@ -205,11 +209,12 @@ def trials(settings: Mapping, told: Record) -> Iterator[str]:
     """The learning rates that were tried, with what each gave on the validation prompts."""
     yield from ("### Learning rates", "",
                 "Tried with the first seed and measured on validation prompts, which no table "
-                "shows; the best is used for all seeds, of equal ones the first. All methods had "
-                "as many trials; ablations and amounts of data take the rate of their full "
-                "method. Nothing else was searched here: the other settings are the quickstarts', "
-                "which were chosen for CUT and for SELF-JUDGE. Beyond the largest or the smallest "
-                "there may be a better one.", "")
+                "shows; the best is used for all seeds, of equal ones the first. All methods of "
+                "a paper had as many trials; ablations and amounts of data take the rate of their "
+                "full method. A trial is one run and few prompts, so that of close ones another "
+                "may be the best; beyond the largest or the smallest there may be a better one. "
+                "Nothing else was searched here: the other settings are the quickstarts', which "
+                "were chosen for CUT and for SELF-JUDGE.", "")
     rows = []
     for row, given in settings["rows"].items():
         cells = [cell for cell in told["cells"].values()

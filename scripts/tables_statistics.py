@@ -6,8 +6,12 @@ under the seed None, which goes with every seed of another.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lm.shares import wilson
+
+if TYPE_CHECKING:
+    import numpy
 
 Figure = Mapping[str, object]
 Measurement = Mapping[int | None, Figure]
@@ -27,7 +31,7 @@ class Difference:
         """Whether the first is above the second: only if no interval includes 0."""
         intervals = [self.by_seed, self.by_prompt]
         if None in intervals[:1]:
-            return "cannot be told (one seed)"
+            return "cannot be told (no spread over seeds is known)"
         given = [interval for interval in intervals if interval]
         if all(low > 0 for low, _ in given):
             return "holds"
@@ -43,24 +47,30 @@ def percent(figure: Figure) -> float:
 def over_seeds(values: Sequence[float]) -> Interval:
     """The t-interval of a mean, which takes the values for normally distributed.
 
+    None of a single one, and of equal ones, which tell nothing of how far others would lie.
+
     >>> [round(end, 2) for end in over_seeds([70.0, 73.0, 76.0])]
     [65.55, 80.45]
     """
     from scipy import stats
 
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return None
     mean, error = sum(values) / len(values), stats.sem(values)
-    if not error:
-        return mean, mean
     low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
     return float(low), float(high)
 
 
 def over_prompts(measured: Measurement) -> Interval:
-    """Wilson's interval of the share of all seeds' items together, as if they were independent."""
-    pooled = wilson(sum(figure["hits"] for figure in measured.values()),
-                    sum(figure["total"] for figure in measured.values()))
+    """A bootstrap over prompts of the mean over seeds.
+
+    Of one seed, and where the prompts differ from seed to seed, Wilson's interval of all verdicts.
+    """
+    figures = list(measured.values())
+    if len(figures) > 1 and (verdicts := on_the_same_prompts(figures)) is not None:
+        return bootstrap(verdicts.mean(0))
+    pooled = wilson(sum(figure["hits"] for figure in figures),
+                    sum(figure["total"] for figure in figures))
     return 100 * pooled.low, 100 * pooled.high
 
 
@@ -77,17 +87,28 @@ def difference(one: Measurement, other: Measurement) -> Difference | None:
 
 
 def by_prompt(pairs: Sequence[tuple[Figure, Figure]]) -> Interval:
-    """A bootstrap over the prompts of the difference, which is averaged over seeds first."""
+    """A bootstrap over prompts of the difference, which is averaged over seeds first."""
+    verdicts = on_the_same_prompts([figure for pair in pairs for figure in pair])
+    return None if verdicts is None else bootstrap((verdicts[::2] - verdicts[1::2]).mean(0))
+
+
+def on_the_same_prompts(figures: Sequence[Figure]) -> "numpy.ndarray | None":
+    """Verdicts [figures, prompts], 0 to 1; None where they were not measured on equally many."""
+    import numpy
+
+    lengths = {len(figure.get("items", "")) for figure in figures}
+    if len(lengths) > 1 or 0 in lengths:
+        return None
+    return numpy.array([[ITEMS[item] for item in figure["items"]] for figure in figures])
+
+
+def bootstrap(values: "numpy.ndarray") -> tuple[float, float]:
+    """The percentile interval, in points, of the mean of what each prompt gives."""
     import numpy
     from scipy import stats
 
-    lengths = {len(figure.get("items", "")) for pair in pairs for figure in pair}
-    if len(lengths) > 1 or 0 in lengths:
-        return None  # they were not measured on the same prompts, or no verdicts were kept
-    verdicts = numpy.array([[[ITEMS[item] for item in figure["items"]] for figure in pair]
-                            for pair in pairs])  # [seeds, 2, prompts]
-    of_prompts = 100 * (verdicts[:, 0] - verdicts[:, 1]).mean(0)
-    if not of_prompts.any():
-        return 0.0, 0.0
-    found = stats.bootstrap([of_prompts], numpy.mean, method="percentile", rng=0)
+    points = 100 * values
+    if not points.std():
+        return float(points[0]), float(points[0])
+    found = stats.bootstrap([points], numpy.mean, method="percentile", rng=0)
     return tuple(float(end) for end in found.confidence_interval)

@@ -51,7 +51,7 @@ torchrun --nproc_per_node="$GPUS" finetune_unlikelihood.py \
     --prompt_template_name plain --weight_unlike 0 \
     --batch_size 8 --micro_batch_size 1 --num_epochs "$NUM_EPOCHS" \
     --learning_rate "$LEARNING_RATE" --warmup_steps "$WARMUP_STEPS" --cutoff_len "$CUTOFF_LEN" \
-    --load_in "$LOAD_IN" --gradient_checkpointing True --max_steps "$MAX_STEPS"
+    --load_in "$LOAD_IN" --gradient_checkpointing True --max_steps "$MAX_STEPS" --save_steps 50
 python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/adapter" \
     --output_dir "$OUT/model"
 

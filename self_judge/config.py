@@ -31,8 +31,9 @@ SELF_JUDGE_ARGS = {
     "round": (int,)}  # which of `--rounds` this is; the training's seed is seed + round - 1
 MODEL = {"pretrained_model_name_or_path": (str,), "attn_implementation": TEXT,
          "peft_model_name_or_path": TEXT, "load_in": (str,)}
-# What is trained on; the first is the default.
-CHOICES = {"examples": ("all", "sft", "judge"), "pairs": ("sampled", "given")}
+# What is trained on, and how self-training makes its pairs; the first is the default.
+CHOICES = {"examples": ("all", "sft", "judge"), "pairs": ("sampled", "given"),
+           "ties": ("drop", "keep"), "cut": ("keep", "drop"), "judge": ("reference", "policy")}
 OURS = {"jsft_args": JSFT_ARGS, "self_judge_args": SELF_JUDGE_ARGS, "model": MODEL}
 REQUIRED = ("training_args.output_dir", "model.pretrained_model_name_or_path", "templates",
             "dataset")

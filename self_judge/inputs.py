@@ -27,7 +27,7 @@ def training_arguments(args: TrainingArguments | None, **given: object) -> DPOCo
     args = as_dpo_config(args)
     for name, value in given.items():
         theirs = getattr(args, name)
-        told = isinstance(theirs, type(TRL_DEFAULTS[name])) and theirs != TRL_DEFAULTS[name]
+        told = theirs is not None and theirs != TRL_DEFAULTS[name]
         if value != PUBLISHED[name] or not told:
             setattr(args, name, value)
     if isinstance(args.loss_type, str):
@@ -35,6 +35,8 @@ def training_arguments(args: TrainingArguments | None, **given: object) -> DPOCo
     if len(args.loss_type) != 1 or args.loss_type[0] not in LOSS_TYPES:
         raise InputError(f"loss_type is {', '.join(args.loss_type)}; expected one of "
                          f"{', '.join(LOSS_TYPES)} (average_log_prob averages over tokens)")
+    if not args.beta > 0:
+        raise InputError(f"beta is {args.beta}; expected more than 0, 0.1 as published")
     if args.use_weighting:
         raise InputError("use_weighting cannot be: it needs the full logits; leave it False")
     if args.precompute_ref_log_probs:
@@ -44,9 +46,10 @@ def training_arguments(args: TrainingArguments | None, **given: object) -> DPOCo
 
 
 def as_dpo_config(args: TrainingArguments | None) -> DPOConfig:
-    """A copy of `args`, as a `DPOConfig`."""
+    """A copy of `args`, as a `DPOConfig`; of None trl's defaults, without bf16 on a CPU."""
     if args is None:
-        return DPOConfig("self_judge")
+        machine = {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
+        return DPOConfig("self_judge", **machine)
     if isinstance(args, DPOConfig):
         return copy.copy(args)
     known = {field.name for field in fields(DPOConfig)}
@@ -80,13 +83,17 @@ def as_dataset(rows):
     return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
 
 
-def checked_columns(dataset: Dataset | IterableDataset, name: str,
-                    needed: Sequence[str]) -> list[str]:
-    """The names of a dataset's columns; stops where one is missing."""
-    columns = list(next(iter(dataset)))
+def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """The names of a dataset's columns; stops where there is no row."""
+    for row in dataset:
+        return list(row)
+    raise InputError(f"there are no {name} rows; give at least one")
+
+
+def check_columns(columns: Sequence[str], name: str, needed: Sequence[str]) -> None:
+    """Stop where one is missing."""
     if missing := [column for column in needed if column not in columns]:
         raise InputError(f"{name} rows lack {', '.join(missing)}; they have {', '.join(columns)}")
-    return columns
 
 
 def add_index(row: dict, index: int) -> dict:

@@ -16,9 +16,10 @@ from lm.log_probs import check_head
 from lm.records import InputError
 from lm.templates import prompt_ids
 from preprocess import self_judge_rows
-from self_judge import launch
+from self_judge import inputs, launch
 from self_judge.config import Config
 from self_judge.launch import Data
+from self_judge.sampling import sampling_of
 from self_judge.trainer import SelfJudgeTrainer
 
 SUMMARY = ("loss", "rewards/margins", "judge/margin", "judge/tie_rate", "response_length/chosen",
@@ -61,12 +62,24 @@ def _cannot_merge(config: Config) -> bool:
 def training_arguments(config: Config) -> DPOConfig:
     """trl's arguments, with the seed of the round."""
     arguments = launch.training_arguments(config, DPOConfig, {})
+    _check_own(config, arguments)
     number = config.self_judge_args.get("round", 1)
     arguments.seed += number - 1
     if runs.is_main():
         print(f"round {number}: {launch.batch_size(arguments)} queries a step, "
               f"seed {arguments.seed}")
     return arguments
+
+
+def _check_own(config: Config, arguments: DPOConfig) -> None:
+    """What the trainer checks of `self_judge_args`, before data and model are loaded."""
+    own = config.self_judge_args
+    inputs.training_arguments(
+        arguments, **{name: own[name] for name in inputs.PUBLISHED if name in own})
+    if not _offline(config):  # what is not given cannot be wrong
+        harmless = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        sampling_of(own.get("generation"),
+                    **{name: own.get(name, value) for name, value in harmless.items()})
 
 
 def load_data(config: Config, arguments: DPOConfig) -> Data:

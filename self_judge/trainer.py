@@ -5,8 +5,9 @@
         judge_templates=text, peft_config=LoraConfig(...))
     trainer.train()
 
-With `pairs="given"` it is offline DPO on the rows' own pairs: nothing is sampled or judged, and
-reference, loss, lengths and metrics are the same.
+On a CPU the `DPOConfig` needs `use_cpu=True, bf16=False` as well. With `pairs="given"` it is
+offline DPO on the rows' own pairs: nothing is sampled or judged, and reference, loss, lengths and
+metrics are the same.
 
 Rows are texts: `query` (what the policy continues), `context` (what the judge reads), and for
 evaluation `chosen` and `rejected`. For each optimizer step the policy answers every query twice
@@ -46,11 +47,13 @@ from lm.records import InputError
 from lm.repeats import present_rows_of_evaluation
 from lm.runs import WholeCheckpoints
 from self_judge.collators import SelfJudgeCollator
+from self_judge.config import CHOICES
 from self_judge.inputs import (
     Collator,
     add_index,
     as_dataset,
-    checked_columns,
+    check_columns,
+    columns_of,
     context_of,
     copy_of,
     tokenized,
@@ -114,11 +117,9 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
                  processing_class=None, ties: str = "drop", cut: str = "keep",
                  judge: str = "reference", generation: Mapping | None = None, show_every: int = 0,
                  pairs: str = "sampled", **kwargs):
-        for name, value, known in (("ties", ties, ("drop", "keep")), ("cut", cut, ("drop", "keep")),
-                                   ("judge", judge, ("reference", "policy")),
-                                   ("pairs", pairs, ("sampled", "given"))):
-            if value not in known:
-                raise InputError(f"{name} is {value!r}; expected {' or '.join(known)}")
+        for name, value in {"ties": ties, "cut": cut, "judge": judge, "pairs": pairs}.items():
+            if value not in CHOICES[name]:
+                raise InputError(f"{name} is {value!r}; expected {' or '.join(CHOICES[name])}")
         if pairs == "sampled" and not judge_templates:
             raise InputError("judge_templates is missing: give a text with {context}, {response_a} "
                              "and {response_b}")
@@ -141,6 +142,8 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         # trl's ipo divides log-probs by the response's length, its other losses do not
         self.length_power = (args.loss_type[0] == "ipo") - average_log_prob
         self.train_rows = as_dataset(train_dataset)
+        if self.train_rows is not None:
+            columns_of(self.train_rows, "train")  # before trl takes the first row
         super().__init__(
             model=model, ref_model=ref_model or copy_of(model, peft_config), args=args,
             train_dataset=self.train_rows, eval_dataset=as_dataset(eval_dataset),
@@ -168,11 +171,12 @@ class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
         """
         training = dataset is self.train_rows and dataset_name == "train"  # both may be one
         dataset = as_dataset(dataset)
-        if "chosen_ids" in next(iter(dataset)):  # prepared before
+        columns = columns_of(dataset, dataset_name)
+        if "chosen_ids" in columns:  # prepared before
             return dataset
         to_sample = training and self.pairs == "sampled"
         needed = ["query", "context"] if to_sample else ["query", "chosen", "rejected"]
-        columns = checked_columns(dataset, dataset_name, needed)
+        check_columns(columns, dataset_name, needed)
         with global_then_local_main_first():
             if to_sample:
                 dataset = dataset.select_columns(needed)

@@ -79,8 +79,8 @@ def judge(tmp_path, truth: str, said: list, records=None) -> str:
     return str(tmp_path / "judged.json")
 
 
-def test_agreement_is_counted_on_what_could_be_read(tmp_path, capsys):
-    """Six known: perfect 4 times. Of five read, 2 of 3 perfect ones and 1 of 2 faulty are right."""
+def test_what_cannot_be_read_is_not_right(tmp_path, capsys):
+    """Of six known, four are perfect. One is not read; 2 of the 4 and 1 of the others are right."""
     truth = write(tmp_path / "truth.json", [
         {"instruction": f"Q{number}", "output": "O", "judgment": text}
         for number, text in enumerate([None, None, None, None, "Bad.", "Worse."])])
@@ -88,8 +88,8 @@ def test_agreement_is_counted_on_what_could_be_read(tmp_path, capsys):
     evaluate_ai_judge.main(truth, judged, str(tmp_path / "r.json"), show=6)
     metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
     assert {name: (share["hits"], share["total"]) for name, share in metrics.items()} == {
-        "readable": (5, 6), "right": (3, 5), "right_perfect": (2, 3), "right_faulty": (1, 2),
-        "majority": (3, 5)}
+        "readable": (5, 6), "right": (3, 6), "right_perfect": (2, 4), "right_faulty": (1, 2),
+        "majority": (4, 6)}
     printed = capsys.readouterr().out
     assert "m, 6 known judgments" in printed and "83.3" in printed
     assert "      known  Worse." in printed and "      judge  (nothing is wrong)" in printed

@@ -67,6 +67,7 @@ def assert_stopped(result, message, code=2):
     (("--data_path=", "--size", "0.5"), ["", 8, 1e-4, False, ("up",), 0.5]),
     (("--data_path", "é 😀 \"q\" 'r' \\n {x}\n=", "--debug=True"),
      ["é 😀 \"q\" 'r' \\n {x}\n=", 8, 1e-4, True, ("up",), 0]),
+    (("-b", "2", "-s=0.5"), ["", 2, 1e-4, False, ("up",), 0.5]),
     (("--layers", "[a,b_c]"), ["", 8, 1e-4, False, ["a", "b_c"], 0]),
     (("--layers", "all-linear"), ["", 8, 1e-4, False, "all-linear", 0]),
 ])
@@ -107,6 +108,8 @@ def test_leftover_arguments_stop_before_the_command_runs(type_in, arguments):
     (("--show", "3", "t.x==\"é\" {z}\n", "--dry_run", "t.y=", "--config", "k=v"),
      [("t.x==\"é\" {z}\n", "t.y="), "k=v", 3, True]),
     (("--dry_run", "False", "t.x=--y"), [("t.x=--y",), "", 0, False]),
+    (("-c", "a.yaml", "t.x=1", "-d", "-s=3"), [("t.x=1",), "a.yaml", 3, True]),
+    (("--config", "-d", "-s", "2"), [(), "-d", 2, False]),
     ((), [(), "", 0, False]),
 ])
 def test_overrides_arrive_as_typed(type_in, arguments, arrived):
@@ -134,9 +137,14 @@ def test_single_dashes_are_no_overrides(type_in):
 
 def test_help_lists_flags_with_their_meaning(type_in):
     result = type_in("--help")
-    assert result.returncode == 0 and "RAN" not in result.stdout
-    assert "--batch_size" in result.stdout + result.stderr
-    assert "Records to read." in result.stdout + result.stderr
+    assert (result.returncode, result.stderr) == (0, "") and "RAN" not in result.stdout
+    assert "--batch_size" in result.stdout and "Records to read." in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("-h",), ("--show", "3", "--help"), ("--", "--help")])
+def test_help_may_be_asked_for_in_other_ways(type_in, arguments):
+    result = type_in(*arguments, code=OVERRIDDEN)
+    assert (result.returncode, result.stderr) == (0, "") and "--dry_run" in result.stdout
 
 
 @pytest.mark.parametrize(("failure", "message", "code"), [

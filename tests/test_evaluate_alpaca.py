@@ -230,6 +230,15 @@ def test_bad_files(files, tmp_path):
         main(model_outputs=twice, reference_outputs=files[1])
 
 
+def test_an_unreachable_reference_names_its_flag(files, monkeypatch):
+    def away(*_, **__):
+        raise OSError("the Hub is away")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", away)
+    with pytest.raises(InputError, match=r"\(the Hub is away\); .*--reference_outputs"):
+        main(model_outputs=files[0])
+
+
 @pytest.mark.parametrize(("annotator", "message"), [
     ("alpaca_eval_gpt5", "did you mean alpaca_eval_gpt4"),
     ("chatgpt_fn", "is not a plain question to an OpenAI-compatible server"),

@@ -96,6 +96,14 @@ def test_an_unknown_principle_is_told_before_anything_is_judged(model, tmp_path)
         evaluate_judge.main(model, pairs, templates=PRINCIPLES)
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_judged(model, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", OWN)
+    for output, message in ((f"{pairs}/audit.json", "cannot be written"),
+                            (str(tmp_path), "is a folder")):
+        with pytest.raises(InputError, match=f"--output {output}: {message}"):
+            evaluate_judge.main("./none", pairs, output=output)
+
+
 def test_a_chat_model_is_asked_in_its_own_frame(model, tmp_path, capsys):
     """configs/templates/chat_judge.yaml, for models that never saw JSFT."""
     folder = save_tiny_judge(tmp_path / "chat")

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 import lm.journal
-from lm.journal import append, by_content, discard, open_journal, read_journal
+from lm.journal import append, by_content, discard, merge, open_journal, read_journal
 from lm.records import InputError
 
 
@@ -31,7 +31,7 @@ def test_other_settings_bind_only_where_something_is_finished(tmp_path):
     path = tmp_path / "j.jsonl"
     write(path)
     write(path, {"index": 0}, settings={"seed": 2})
-    with pytest.raises(InputError, match="seed was 2, is 1"):
+    with pytest.raises(InputError, match=r"seed was 2, is 1\); go on with those, write elsewhere"):
         open_journal(path, {"seed": 1})
     assert read_journal(path, {"seed": 2}) == [{"index": 0}]
 
@@ -43,6 +43,34 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         file.write("{broken\n")
     with pytest.raises(InputError, match=r"j\.jsonl: line 3: broken JSON .*delete that line"):
         open_journal(path, {"seed": 1})
+
+
+def test_lines_are_brought_to_the_disk_together(tmp_path, monkeypatch):
+    """A file system takes milliseconds for each fsync, and a merge has a million lines."""
+    other = tmp_path / "other.jsonl"
+    write(other, *({"index": index} for index in range(9)))
+    file, _ = open_journal(tmp_path / "j.jsonl", {"seed": 1})
+    brought = []
+    monkeypatch.setattr(lm.journal.os, "fsync", brought.append)
+    with file:
+        append(file, {"index": 10}, {"index": 11})
+        assert len(brought) == 1
+        merge(file, [other], {"seed": 1})
+        assert len(brought) == 2
+    assert [line["index"] for line in read_journal(tmp_path / "j.jsonl", {"seed": 1})] == [
+        10, 11, *range(9)]
+
+
+def test_a_merge_that_was_killed_goes_on_without_doubles(tmp_path):
+    path, others = tmp_path / "j.jsonl", [tmp_path / f"{place}.jsonl" for place in (1, 2)]
+    write(path, {"index": 0}, {"index": 1})
+    write(others[0], {"index": 1}, {"index": 2})  # of which the kill left the second unmoved
+    write(others[1], {"index": 3})
+    file, _ = open_journal(path, {"seed": 1})
+    with file:
+        merge(file, others, {"seed": 1})
+    assert [line["index"] for line in read_journal(path, {"seed": 1})] == [0, 1, 2, 3]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_docstring_examples():

@@ -213,6 +213,45 @@ def test_raft_learns_the_tournaments_winner_and_rest_what_is_above(reference, mo
     assert set(steps[0]) > set(steps[1]) > set(steps[2])
 
 
+def test_a_shared_journal_knows_the_outputs_that_are_its_own(reference, model, files, templates,
+                                                             tmp_path, asked, capsys):
+    """Whatever else has one of their names is kept; a journal of old notes none."""
+    shared, output = tmp_path / "all.jsonl", tmp_path / "new" / "rest.jsonl"
+    shutil.copy(journal(reference), shared)
+    flags = FLAGS | {"samples_path": str(shared), "thresholds": "0.1,0.5"}
+    label_samples.main(model, files["uf"], str(output), "rest", templates, **flags)
+    first = output.read_bytes()
+    assert read_records(shared)[-2:] == [{"written": "new/rest.improve1.jsonl"},
+                                         {"written": "new/rest.jsonl"}]
+    output.write_text("half")
+    label_samples.main(model, files["uf"], str(output), "rest", templates, **flags)
+    assert output.read_bytes() == first and asked == {"samples": 0, "matches": 0}
+    lines = read_records(shared)
+    assert sum("written" in line for line in lines) == 2
+    verdicts = sum("probabilities" in line for line in lines)
+    assert f"going on after 30 samples and {verdicts} verdicts" in capsys.readouterr().out
+
+    for name in ("mine.jsonl", "rest.jsonl", "rso.improve1.jsonl"):
+        (tmp_path / name).write_text("mine")
+    for name, found in (("mine", "mine"), ("rest", "rest"), ("rso", "rso.improve1")):
+        with pytest.raises(InputError, match=rf"/{found}\.jsonl: is there already, and .*all\.jsonl"
+                                             " does not note that it was made of its samples"):
+            label_samples.main(model, files["uf"], str(tmp_path / f"{name}.jsonl"), "rest",
+                               templates, **flags)
+        assert (tmp_path / f"{found}.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["data_path", "samples_path"])
+def test_an_output_is_none_of_the_inputs(flag, model, files, templates, tmp_path):
+    own = tmp_path / "own.jsonl"
+    shutil.copy(files["uf"], own)
+    flags = {"data_path": files["uf"], "select": "rso", "templates": templates, **FLAGS}
+    with pytest.raises(InputError, match=rf"own\.jsonl: is to be written, and is --{flag}"):
+        label_samples.main(model, output_path=str(own), overwrite=True,
+                           **flags | {flag: str(own)})
+    assert own.read_text() == Path(files["uf"]).read_text()
+
+
 @pytest.mark.parametrize(("number", "pairs"), [(2, 1), (3, 1), (5, 1), (9, 2)])
 def test_half_of_the_samples_are_accepted_if_nothing_else_is_told(number, pairs, monkeypatch, model,
                                                                   files, templates, tmp_path):
@@ -307,7 +346,7 @@ def test_prompts_are_those_that_a_run_trains_on(files, model, tmp_path):
     assert [load_tokenizer(model).decode(ids) for ids in queries] == rows["query"]
 
 
-def test_bad_records_are_left_out_as_the_run_left_them_out(model, tmp_path, capsys):
+def test_bad_records_are_left_out_as_the_run_left_them_out(model, tmp_path, capsys, monkeypatch):
     """A line that is no JSON, and a record that is no dialogue; one more than allowed is told."""
     lines = [*map(json.dumps, HH[:2]), '{"chosen": ', json.dumps({"chosen": "Hi.", "rejected": 5})]
     (tmp_path / "hh.jsonl").write_text("\n".join(lines))
@@ -318,6 +357,10 @@ def test_bad_records_are_left_out_as_the_run_left_them_out(model, tmp_path, caps
     path.write_text(json.dumps(run))
     assert label_samples.read_prompts(str(path), load_templates(SYSTEM), 0)[0] == HH[:2]
     assert "2 bad records left out" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")  # one process of several says it
+        label_samples.read_prompts(str(path), load_templates(SYSTEM), 0)
+    assert not capsys.readouterr().out
     run["dataset"]["skip_bad"] = 1
     path.write_text(json.dumps(run))
     with pytest.raises(InputError, match=r"hh\.jsonl: record 3: field .* \(more than skip_bad 1"):

@@ -79,6 +79,33 @@ def test_second_merge_is_a_no_op_and_another_adapter_an_error(tiny_llama, tmp_pa
     assert (output / "model.safetensors").stat().st_mtime_ns != written
 
 
+def test_another_base_than_the_adapters_is_told(tiny_llama, tmp_path, capsys):
+    adapter = make_adapter(tiny_llama, tmp_path / "adapter")
+    merge.main(str(tiny_llama), str(adapter), str(tmp_path / "merged"))
+    assert "note:" not in capsys.readouterr().out
+    merge.main(str(tmp_path / "merged"), str(adapter), str(tmp_path / "twice"))
+    assert capsys.readouterr().out.startswith(
+        f"note: {adapter} was trained on {tiny_llama}, not on {tmp_path}/merged\n")
+
+
+@pytest.mark.parametrize(("noted", "base", "other"), [
+    ("org/llama", "moved/llama", False), ("org/llama", "org/cat", True), (None, "org/cat", False),
+    ("first/model", "second/model", True), ("first/model", "first/../first/model", False)])
+def test_folders_move_with_their_names(noted, base, other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("first/model", "second/model", "moved/llama"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": noted}))
+    assert merge.other_base(base, tmp_path) == (noted if other else None)
+
+
+def test_a_broken_adapter_is_one_line(tiny_llama, tmp_path):
+    adapter = make_adapter(tiny_llama, tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="the adapter does not fit"):
+        merge.main(str(tiny_llama), str(adapter), str(tmp_path / "merged"))
+
+
 def test_wrong_merge_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
     adapter = make_adapter(tiny_llama, tmp_path / "adapter")
     # A merge that forgets the adapter: the base's own weights are saved.

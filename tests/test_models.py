@@ -18,6 +18,26 @@ def test_embedded_name_is_its_folder_under_saved_models(tmp_path, monkeypatch, t
     assert models.resolve_model(models.DEFAULT_MODEL) == str(tmp_path / models.DEFAULT_MODEL)
 
 
+def test_other_folders_of_a_models_name_do_not_hide_it(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "SAVED_MODELS", tmp_path / "saved")
+    for folder in (models.DEFAULT_MODEL, "org/name"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "alpaca_eval.json").write_text("[]")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / models.DEFAULT_MODEL).symlink_to(tiny_llama)
+    assert models.resolve_model(models.DEFAULT_MODEL) == str(
+        tmp_path / "saved" / models.DEFAULT_MODEL)
+    # transformers takes any folder for a model, so it has to go
+    with pytest.raises(InputError, match=r"no config\.json\); rename it if you mean the Hub's"):
+        models.resolve_model("org/name")
+    with pytest.raises(InputError, match=r"no config\.json\)$"):
+        models.resolve_model(str(tmp_path / "org"))
+    (tmp_path / models.DEFAULT_MODEL / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is an adapter"):
+        models.resolve_model(models.DEFAULT_MODEL)
+
+
 def test_hub_ids_pass_and_folders_stay(tiny_llama):
     assert models.resolve_model("gpt2") == "gpt2"
     assert models.resolve_model("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"

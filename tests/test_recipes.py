@@ -6,6 +6,7 @@ embedded model too, as its header offers it, in the environment itself.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,49 @@ def run_recipe(warm_venv) -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+def shown(*words: str, **variables: str) -> list[list[str]]:
+    """The commands of a dry run, which leaves nothing behind."""
+    environment = {**os.environ, "DRY_RUN": "1", **variables}
+    result = subprocess.run(["bash", *words], cwd=ROOT, env=environment, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("recipe", "answers"), [("alpaca", "alpaca_eval.json"),
+                                                 ("dialogues", "mt_bench.json")])
+def test_answers_lie_in_the_models_folder_or_below_runs(recipe, answers, tmp_path):
+    """Never in a folder of a model's name, which would hide the model."""
+    for model, folder in ((str(tmp_path), str(tmp_path)), ("org/m", "runs/m"),
+                          ("smollm2-135m-instruct", "runs/smollm2-135m-instruct")):
+        lines = shown(f"scripts/evaluate_{recipe}.sh", model)
+        assert [word for words in lines for word in words if word.endswith(f"/{answers}")] == [
+            f"{folder}/{answers}"] * 2
+
+
+def test_dry_runs_show_every_command_and_leave_nothing(tmp_path):
+    out = str(tmp_path / "out")
+    assert shown("scripts/test.sh", "-x")[0] == ["ruff", "check", "."]
+    trials = tmp_path / "trials.txt"
+    trials.write_text("one --num_epochs 1\n# no trial\ntwo --num_epochs 2\n")
+    sweep = shown("scripts/sweep_sample.sh", OUT=out, TRIALS=str(trials))
+    assert [words[1] for words in sweep[1:]] == [
+        "scripts/generate.py", *["finetune_unlikelihood.py", "scripts/generate.py"] * 2,
+        "scripts/evaluate_constraints.py"]
+    quickstart = shown("scripts/self_judge_quickstart.sh", OUT=out)
+    assert sweep[0] == quickstart[0] == ["mkdir", "-p", out]
+    assert quickstart[-1][1] == "scripts/plot_self_judge.py"
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(("value", "dry"), [("", ""), ("0", ""), ("1", "1")])
+def test_only_another_value_than_0_makes_a_run_dry(value, dry, warm_venv):
+    result = subprocess.run(
+        ["bash", "-c", 'source scripts/environment.sh; echo "${DRY_RUN:-}"'], cwd=ROOT, text=True,
+        env={**os.environ, "DRY_RUN": value, "VENV": str(warm_venv)}, capture_output=True)
+    assert result.stdout == f"{dry}\n"
 
 
 @pytest.fixture

@@ -215,6 +215,26 @@ def test_the_model_that_vicuna_eval_compares_with_is_made_by_a_recipe(tmp_path):
     assert all(lines.index(recipes[model]) < place for model, place in baselines.items())
 
 
+def test_mt_bench_alone_asks_for_no_vicuna_eval(tmp_path):
+    """VicunaEval's command does both; the model that it compares with needs none."""
+    dialogues = [line for line in paper_tables(tmp_path) if "evaluate_dialogues.sh" in line]
+    for run, begins in (("sft", "TEMPLATE="), ("self-judge-uf", "TEMPLATE="), ("dpo-hh", "SFT=")):
+        (line,) = [line for line in dialogues if f"OUT={tmp_path}/{run} " in line]
+        assert line.startswith(begins)
+    write(tmp_path / "dpo-hh/vicuna/gpt-4/results.json", {
+        "benchmark": "vicuna", "shares": {"win_rate": asdict(wilson(40, 80))}, "undecided": 0})
+    (line,) = [line for line in paper_tables(tmp_path) if f"OUT={tmp_path}/dpo-hh " in line]
+    assert line.startswith("TEMPLATE=")
+
+
+@pytest.mark.parametrize("value", [{}, [], {"status": "ok", "data": []}, {"settings": None}])
+def test_files_of_other_programs_are_left_out(value, tmp_path):
+    for name in ("run.json", "x.summary.json", "online.json"):
+        write(tmp_path / name, value)
+    report.main(str(tmp_path))
+    assert "Nothing yet." in (tmp_path / "report/report.md").read_text()
+
+
 def test_weights_that_are_there_are_not_made_again(tmp_path):
     (tmp_path / "cut-offline/model").mkdir(parents=True)
     lines = list(paper_tables(tmp_path))

@@ -579,6 +579,16 @@ def test_works_as_a_notebook_expects(tiny_llama, tmp_path, script):
     assert len(steps(trainer)) == 1
 
 
+def test_needs_no_arguments(tiny_llama, tmp_path, script, monkeypatch):
+    """On any machine; trl's own default is bf16, which a CPU refuses."""
+    monkeypatch.chdir(tmp_path)
+    trainer = SelfJudgeTrainer(str(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama),
+                               train_dataset=ROWS, max_new_tokens=5, judge_templates=TEMPLATE,
+                               peft_config=lora())
+    assert trainer.args.output_dir == "self_judge"
+    assert trainer.args.bf16 == torch.cuda.is_available() != trainer.args.use_cpu
+
+
 def test_values_of_a_dpo_config_count_where_the_arguments_are_left_alone(tmp_path):
     def values(args, **given):
         args = training_arguments(args, **{"disable_dropout": True, "max_length": 2048,
@@ -590,8 +600,14 @@ def test_values_of_a_dpo_config_count_where_the_arguments_are_left_alone(tmp_pat
     assert values(given) == (["ipo"], 0.3, 300, False)
     assert values(given, beta=0.5, loss_type="hinge") == (["hinge"], 0.5, 300, False)
     assert given.beta == 0.3  # the caller's own are left as they are
+    assert values(arguments(tmp_path, beta=1, max_length=None))[1:3] == (1, 2048)
     with pytest.raises(InputError, match="loss_type is robust; expected one of sigmoid"):
         values(arguments(tmp_path), loss_type="robust")
+    for beta in (-1, 0, math.nan):
+        with pytest.raises(InputError, match=f"beta is {beta}; expected more than 0"):
+            values(arguments(tmp_path), beta=beta)
+        with pytest.raises(InputError, match=f"beta is {beta}"):
+            values(arguments(tmp_path, beta=beta))
     with pytest.raises(InputError, match="precompute_ref_log_probs"):
         values(arguments(tmp_path, precompute_ref_log_probs=True))
     with pytest.raises(InputError, match="use_weighting"):
@@ -607,6 +623,9 @@ def test_values_of_a_dpo_config_count_where_the_arguments_are_left_alone(tmp_pat
     ({"temperature": 0.0}, "temperature is 0"), ({"top_p": 0.0}, "top_p is 0"),
     ({"train_dataset": [{"query": "a"}]}, "train rows lack context; they have query"),
     ({"eval_dataset": [{"query": "a"}]}, "eval rows lack chosen, rejected"),
+    ({"train_dataset": []}, "there are no train rows; give at least one"),
+    ({"eval_dataset": []}, "there are no eval rows"),
+    ({"eval_dataset": {"hh": ROWS, "uf": []}}, "there are no uf rows"),
     ({"generation": {"engine": "tgi"}}, "engine is 'tgi'"),
     ({"generation": {"tokens": 3}}, "tokens unknown to engine hf"),
     ({"generation": {"engine": "vllm_server", "gpu_memory_utilisation": 0.3}},

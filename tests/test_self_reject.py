@@ -168,7 +168,7 @@ def test_two_processes_finish_what_three_had_begun(reference, model, prompts, wa
     settings, *lines = journal(reference).read_text().splitlines()
     for place in range(3):
         own = journal(output).with_name(
-            f"winners.json.samples{f'.{place}' if place else ''}.jsonl")
+            f"winners.json.samples{f'.process{place}' if place else ''}.jsonl")
         own.write_text("\n".join([settings, *lines[place:90:3]]) + "\n")
     flags = {"data_path": prompts, "nested": "1,2,3,4", **FLAGS}
     result = subprocess.run(
@@ -184,6 +184,28 @@ def test_two_processes_finish_what_three_had_begun(reference, model, prompts, wa
     found = read_records(journal(output))[1:]
     names = [(line["prompt"], line.get("sample"), line.get("a"), line.get("b")) for line in found]
     assert len(names) == len(set(names)) == len(lines)  # nothing was done twice
+
+
+def test_only_journals_of_its_own_processes_are_gathered_or_discarded(tmp_path):
+    """Whatever digits other runs have in their names."""
+    own = tmp_path / "s.jsonl"
+    others = [tmp_path / name for name in ("s.2.jsonl", "s.2x.jsonl", "s.10.process1.jsonl")]
+    further = [tmp_path / "s.process1.jsonl", tmp_path / "s.process12.jsonl"]
+    for path in (own, *further, *others):
+        path.write_text('{"seed": 1}\n{"prompt": 0}\n')
+    assert self_reject.further_journals(own) == further
+    file, lines = self_reject.open_samples([tmp_path / "out"], own, {}, True, 0, 1)
+    file.close()
+    assert lines == [] and sorted(tmp_path.iterdir()) == sorted([own, *others])
+
+
+def test_verdicts_that_were_found_together_are_noted_together(model, prompts, tmp_path,
+                                                              monkeypatch):
+    noted = []
+    monkeypatch.setattr(self_reject, "append", lambda file, *lines: noted.append(lines))
+    self_reject.main(model, str(tmp_path / "out.json"), data_path=prompts,
+                     **FLAGS | {"num_samples": 2})
+    assert [len(lines) for lines in noted if "probabilities" in lines[0]] == [PROMPTS]
 
 
 def kill_at_first_verdict(output: Path, model: str, flags: dict) -> None:
@@ -266,6 +288,20 @@ def test_other_settings_are_an_error_and_overwrite_starts_again(model, prompts, 
     journal(output).unlink()  # now it could be anyone's
     with pytest.raises(InputError, match=r"is there already, and winners\.json\.samples\.jsonl is"):
         self_reject.main(model, str(output), **flags)
+    output.rename(tmp_path / "winners.n1.json")
+    with pytest.raises(InputError, match=r"n1\.json: is there already, and winners\.json\.samples"):
+        self_reject.main(model, str(output), nested="1", **flags)
+
+
+def test_the_prompts_are_never_an_output(model, prompts, tmp_path):
+    own = tmp_path / "cats.n2.json"
+    message = r"cats\.n2\.json: is to be written, and is --data_path"
+    own.write_text(Path(prompts).read_text())
+    for output in (own, tmp_path / "cats.json"):
+        with pytest.raises(InputError, match=message):
+            self_reject.main(model, str(output), data_path=str(own), nested="2", overwrite=True,
+                             **FLAGS)
+    assert own.read_text() == Path(prompts).read_text()
 
 
 @pytest.mark.parametrize(("change", "message"), [

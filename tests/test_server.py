@@ -61,6 +61,15 @@ def echo(text: str) -> str:
     return f"answer to {text}"
 
 
+@pytest.mark.parametrize("variable", [False, True])
+def test_an_address_without_its_protocol_is_one_line(variable, monkeypatch):
+    """The client would try it again and again."""
+    if variable:
+        monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000/v1")
+    with pytest.raises(InputError, match="localhost:8000/v1: is no server's address; --base_url"):
+        Server("gpt-4", "" if variable else "localhost:8000/v1")
+
+
 PASSING = ["429", "500", "503", "408", "half", "drop", "empty", "html", "429 Retry-After: 0"]
 
 

@@ -114,7 +114,10 @@ def test_methods_are_tried_equally_often_and_trials_never_see_the_held_out_promp
     given = Study(SETTINGS, "cpu", tmp_path)
     trials = [one for one in plan(given) if one.rate]
     by_row = {row: sum(one.row == row for one in trials) for row in {one.row for one in trials}}
-    assert set(by_row.values()) == {3} and len(by_row) >= 15
+    papers = {"cut": 4, "jsft": 3}  # trials of each method of a paper
+    assert set(by_row.values()) == set(papers.values()) and len(by_row) >= 15
+    for row, recipe in ((row, SETTINGS["rows"][row]["recipe"]) for row in by_row):
+        assert by_row[row] == papers["cut" if recipe == "train" else "jsft"]
     for one in trials:
         text = "\n".join(commands_of(given, one))
         assert "validation" in text and "heldout" not in text
@@ -187,6 +190,28 @@ def test_going_on_runs_what_the_results_lack(tmp_path):
     assert planned("one") == ["one/trial-2", "one/seed0", "one/seed1"]
     rows["source"]["first"] = "1"
     assert planned("two")[0] == "source/once"
+
+
+def test_a_trial_of_other_settings_chooses_nothing(tmp_path):
+    """It was best in its day; another machine's results are those of today."""
+    rows = {"one": {"recipe": "measured", "rates": ["1", "2"], "held": "[0, {rate} == 1]"}}
+    stale, other = study(tmp_path / "stale", rows), study(tmp_path / "other", rows)
+    run_all(stale)
+    rows["one"]["held"] = "[0, {rate} == 2]"
+    run_all(other)
+    tables.collect(other, tmp_path / "small.json")
+    gone_on = replace(stale, results=tables.published(tmp_path / "small.json")["cells"])
+    assert chosen_rate(gone_on, "one") == "2" and plan(gone_on) == []
+
+
+def test_trials_keep_nothing_that_no_cell_reads(tmp_path):
+    rows = {"one": {"recipe": "kept", "rates": ["1", "2"]}}
+    given = study(tmp_path, rows, {"kept": {"discard_of_trials": ["model"], "commands": [
+        "python -c \"import os; os.makedirs('{cell}/model')\""]}})
+    trials = [one for one in plan(given) if one.rate]
+    assert tables.run_all(given, trials, jobs=1, threads=1) == {}
+    assert not list(given.folder.glob("one/trial-*/model"))
+    assert (given.folder / "one/trial-1/cell.json").exists()
 
 
 def test_results_of_other_settings_are_dropped(tmp_path):
@@ -307,10 +332,11 @@ def test_figures_of_each_kind_of_result(tmp_path):
     write_json(tmp_path / "a.json", {"benchmark": "judge", "metrics": {"all": {"accuracy": {
         "hits": 1.5, "total": 3}}}, "judgments": [{"winner": "A"}, {"winner": "B"},
                                                   {"winner": None}]})
-    write_json(tmp_path / "b.json", {"benchmark": "ai_judge", "metrics": {
-        "right": {"hits": 3, "total": 4, "share": 0.75}}})
+    write_json(tmp_path / "b.json", {"benchmark": "ai_judge", "verdicts": {
+        "right": [True, False, True, True]}})
     assert figures_in(tmp_path, "*.json") == {
-        "judge": {"hits": 1.5, "total": 3, "items": "10="}, "right": {"hits": 3, "total": 4}}
+        "judge": {"hits": 1.5, "total": 3, "items": "10="},
+        "right": {"hits": 3, "total": 4, "items": "1011"}}
 
 
 def figure(items: str) -> dict:
@@ -321,9 +347,12 @@ def test_statistics_by_hand():
     """70, 73, 76: mean 73, standard deviation 3, error 3 / sqrt(3), t(0.975, 2) = 4.3027."""
     low, high = over_seeds([70.0, 73.0, 76.0])
     assert (low, high) == pytest.approx((73 - 4.3027 * 3**0.5, 73 + 4.3027 * 3**0.5), abs=1e-3)
-    assert over_seeds([70.0]) is None and over_seeds([70.0, 70.0]) == (70.0, 70.0)
-    low, high = over_prompts({0: figure("1" * 17 + "0" * 13), 1: figure("1" * 17 + "0" * 13)})
+    assert over_seeds([70.0]) is None and over_seeds([70.0, 70.0]) is None
+    low, high = over_prompts({0: figure("1" * 17 + "0" * 12), 1: figure("1" * 17 + "0" * 14)})
     assert (round(low), round(high)) == (44, 68)  # Wilson of 34 of 60, as in lm/shares.py
+    # On the same prompts the seeds' mean is 1, 1/2, 0, 1/2. Of the 256 draws of four, one has the
+    # mean 0 and 8 have 1/8: more than 2.5 %; and as many 1 and 7/8.
+    assert over_prompts({0: figure("1101"), 1: figure("1000")}) == (12.5, 87.5)
 
 
 def test_differences_are_paired():
@@ -344,7 +373,7 @@ def test_differences_are_paired():
     ((1, 5), (2, 4), "holds"), ((-5, -1), (-4, -2), "does not hold"),
     ((-1, 5), (2, 4), "cannot be told (an interval includes 0)"),
     ((1, 5), (-2, 4), "cannot be told (an interval includes 0)"),
-    ((1, 5), None, "holds"), (None, (2, 4), "cannot be told (one seed)")])
+    ((1, 5), None, "holds"), (None, (2, 4), "cannot be told (no spread over seeds is known)")])
 def test_an_order_holds_only_if_no_interval_includes_0(by_seed, by_prompts, verdict):
     assert Difference(0, by_seed, by_prompts).verdict() == verdict
 
@@ -362,7 +391,8 @@ def fixture_results(folder: Path) -> dict:
     for seed in (0, 1, 2):
         cells[f"cut/seed{seed}"] = one("cut", f"seed{seed}", "1111" * 9 + "0" * seed +
                                        "1" * (4 - seed), "1e-3")
-        cells[f"mle/seed{seed}"] = one("mle", f"seed{seed}", "0001" * 10, "2e-3")
+        cells[f"mle/seed{seed}"] = one(
+            "mle", f"seed{seed}", "0001" * 9 + "1" * seed + "0" * (4 - seed), "2e-3", steps=20)
     cells["dpo/seed0"] = {"row": "dpo", "part": "seed0", "error": "exit code 1: a | b"}
     write_json(folder / "cpu.json", {
         "size": "cpu", "model": "m", "versions": {"python": "3.11"},
@@ -392,6 +422,16 @@ def test_the_report_is_byte_stable(tmp_path):
     picture = (tmp_path / "cpu-table2.png").read_bytes()
     tables_report.write(settings, tmp_path)
     assert (tmp_path / "cpu-table2.png").read_bytes() == picture
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    """Every result says what it was made of, or nobody could go on from it."""
+    for path in (ROOT / "results").glob("*.json"):
+        shutil.copy(path, tmp_path)
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert all("made_of" in one for one in cells.values() if "figures" in one)
+    tables_report.write(SETTINGS, tmp_path)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "results/README.md").read_text()
 
 
 def test_data(tmp_path):

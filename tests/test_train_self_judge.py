@@ -287,7 +287,7 @@ def test_two_processes_train_as_one_does(train, common, tmp_path):
     ({"self_judge_args.pairs": "giving"}, [],
      "pairs is 'giving'; expected sampled, given; did you mean 'given'"),
     ({"training_args.beta": 9}, [], "set self_judge_args.beta, not training_args.beta"),
-    ({"self_judge_args.ties": "toss"}, [], "ties is 'toss'; expected drop or keep"),
+    ({"self_judge_args.ties": "toss"}, [], "ties is 'toss'; expected drop, keep"),
     ({"self_judge_args.max_new_tokens": 999}, [], "leaves no room for a query"),
     ({"peft_config": "null", "model.load_in": "4bit"}, [], "4bit weights cannot be trained"),
     ({}, ["--rounds=0"], "--rounds is 0; expected 1 or more"),
@@ -298,3 +298,23 @@ def test_two_processes_train_as_one_does(train, common, tmp_path):
      "not numbers: training diverged")])
 def test_mistakes_are_one_line(settings, flags, message, train):
     assert_one_line(train(settings, *flags), message)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("judge=gpt", "judge is 'gpt'; expected reference, policy; did you mean"),
+    ("cut=none", "cut is 'none'; expected keep, drop"),
+    ("beta=-1", "beta is -1; expected more than 0"), ("beta=0.0", "beta is 0.0"),
+    ("loss_type=robust", "loss_type is robust; expected one of sigmoid"),
+    ("top_p=0", "top_p is 0; expected more than 0"), ("temperature=0", "temperature is 0: both"),
+    ("generation.engine=tgi", "engine is 'tgi'")])
+def test_what_the_trainer_would_refuse_is_refused_before_anything_is_loaded(setting, message, train,
+                                                                            monkeypatch):
+    monkeypatch.setattr(self_training, "load_data", None)
+    name, _, value = setting.partition("=")
+    assert_one_line(train({f"self_judge_args.{name}": value}), message)
+
+
+def test_offline_runs_may_leave_sampling_as_it_is(train):
+    settings = {"self_judge_args.pairs": "given", "self_judge_args.temperature": 0}
+    result = train(settings, "--dry_run")
+    assert result.code == 0, result.err
