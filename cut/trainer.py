@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cut.data import Batch, Rows, collate, within_budget
 from cut.loss import CutLoss, cut_loss
-from lm.log_probs import supervised_log_probs
+from lm.log_probs import supervised_log_probs, supervised_log_probs_by_length
 from lm.parts import InParts
 from lm.runs import WholeCheckpoints
 
@@ -65,7 +65,8 @@ class CutTrainer(WholeCheckpoints, InParts, Trainer):
         DDP averages gradients over the processes, hence the factor.
         """
         batch = collate(inputs, self.pad_id).to(self.args.device)
-        losses = cut_losses(model, batch, self.settings)
+        alone_on_cpu = self.args.device.type == "cpu" and self.args.world_size == 1
+        losses = cut_losses(model, batch, self.settings, by_length=alone_on_cpu)
         if not torch.isfinite(losses.loss).all():
             bad = batch.records[int((~torch.isfinite(losses.loss)).nonzero()[0, 0])]
             raise NonFiniteLoss(f"{bad}: the loss is not finite at step "
@@ -199,9 +200,13 @@ class FiniteGradients(TrainerCallback):
                                 "the last checkpoint is kept")
 
 
-def cut_losses(model, batch: Batch, settings: CutSettings) -> CutLoss:
-    """Run the model once over a batch's rows and compare them token by token."""
-    flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
+def cut_losses(model, batch: Batch, settings: CutSettings, by_length: bool = False) -> CutLoss:
+    """Run the model over a batch's rows and compare them token by token.
+
+    In one forward pass, or `by_length` in one for each group of rows of like length.
+    """
+    log_probs = supervised_log_probs_by_length if by_length else supervised_log_probs
+    flat = log_probs(model, batch.input_ids, batch.loss_mask)
     rows, supervised = align_right(flat, batch.loss_mask.sum(-1))
     examples, tokens = len(batch.negative), rows.shape[1]
     aligned = rows[:examples]

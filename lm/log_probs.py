@@ -21,6 +21,7 @@ from lm.models import output_head, unwrapped
 from lm.records import InputError
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
+PASS = 32  # tokens that cost a CPU about as much as reading all weights once more for another pass
 
 
 def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
@@ -55,6 +56,37 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
     # ZeRO-3 and FSDP gather a head's weights again for the backward pass only if the head's own
     # output takes part in it. An empty part: nothing is added, not even a NaN of another row.
     return found[0] + logits[:0].sum()
+
+
+def supervised_log_probs_by_length(model: nn.Module, input_ids: Tensor,
+                                   loss_mask: Tensor) -> Tensor:
+    """The same, from a forward pass for each group of rows of like length.
+
+    Less padding is run, which is worth a pass where tokens are dear, as on a CPU. Not for models
+    whose processes must run as many forward passes as each other: DDP, FSDP, DeepSpeed. Each row
+    has a supervised token.
+    """
+    lengths = (loss_mask * torch.arange(1, loss_mask.shape[1] + 1)).amax(-1)  # to the last target
+    found: dict[int, Tensor] = {}
+    for rows in of_like_length(lengths.tolist()):
+        mask = loss_mask[rows, :lengths[rows[0]]]
+        flat = supervised_log_probs(model, input_ids[rows, :mask.shape[1]], mask)
+        found.update(zip(rows, flat.split(mask.sum(-1).tolist()), strict=True))
+    return torch.cat([found[row] for row in range(len(input_ids))])
+
+
+def of_like_length(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups, the longest first, whose lengths are at most `PASS` apart.
+
+    >>> of_like_length([100, 430, 90, 400])
+    [[1, 3], [0, 2]]
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not groups or lengths[groups[-1][0]] - lengths[index] > PASS:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,

@@ -96,6 +96,8 @@ def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers.pytorch_utils import Conv1D
 
+    from lm.dropout import with_cheap_dropout
+
     targets = _lora_targets(model, target_modules)
     not_reentrant = {"use_reentrant": False}  # the kind that works with frozen embeddings and DDP
     if is_quantized(model):
@@ -105,9 +107,9 @@ def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
     elif gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=not_reentrant)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
-    return get_peft_model(model, LoraConfig(
+    return with_cheap_dropout(get_peft_model(model, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none",
-        fan_in_fan_out=transposed, task_type="CAUSAL_LM"))
+        fan_in_fan_out=transposed, task_type="CAUSAL_LM")))
 
 
 def find_adapter(name: str) -> Path:

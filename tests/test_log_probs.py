@@ -115,6 +115,30 @@ def test_equals_the_full_logits_in_values_and_gradients(name, prepare, chunk, mo
     assert_as_naive(prepare(name))
 
 
+@pytest.mark.parametrize(("apart", "passes"), [(32, [(3, 12)]), (2, [(1, 12), (2, 9)]),
+                                               (0, [(1, 12), (1, 9), (1, 7)])])
+def test_rows_of_like_length_are_run_together(apart, passes, monkeypatch):
+    """In as many passes as their lengths ask for; values and gradients stay those of one."""
+    monkeypatch.setattr(log_probs, "PASS", apart)
+    model = with_lora("llama")
+    ids, attention, loss_mask = batch()
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True)
+    apart = log_probs.supervised_log_probs_by_length(model, ids, loss_mask)
+    assert shapes == passes
+    together = supervised_log_probs(model, ids, attention, loss_mask)
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-5)
+    got, expected = gradients(model, apart), gradients(model, together)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_of_like_length_as_its_docstring_shows():
+    assert log_probs.of_like_length([100, 430, 90, 400]) == [[1, 3], [0, 2]]
+
+
 def test_frozen_head_with_a_bias():
     """Not the plain product that has its derivative written out."""
     model = with_lora("llama")

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm import models
+from lm.dropout import CheapDropout
 from lm.records import InputError
 
 
@@ -119,6 +120,13 @@ def test_lora_on_named_layers(tiny_llama, targets):
     names = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert names and all("up_proj" in name or "gate_proj" in name for name in names)
     assert len(names) == (4 if isinstance(targets, list) else 2)
+
+
+def test_loras_dropout_is_the_cheap_one(tiny_llama):
+    model = models.add_lora(models.load_model(str(tiny_llama)), 4, 8, 0.1, "all-linear")
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(dropouts) == 14 and {type(module) for module in dropouts} == {CheapDropout}
+    assert all(module.p == 0.1 and module.training == model.training for module in dropouts)
 
 
 def test_all_linear_works_on_gpt2_and_names_of_llama_do_not(tiny_gpt2):
