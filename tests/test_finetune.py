@@ -15,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -453,7 +454,7 @@ def test_run_record(train, data):
     assert record["settings"]["weight_unlike"] == 0.5
     assert record["settings"]["lora_target_modules"] == ["gate_proj", "down_proj", "up_proj"]
     assert record["data"] == {"path": str(data), "sha256": sha256(data)}
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     assert record["counts"]["negatives"] == 16
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True,
                               capture_output=True).stdout.strip()

@@ -30,7 +30,8 @@ def run_recipe(warm_venv) -> Callable[..., str]:
     """Run a recipe with some environment variables; its output."""
 
     def run(*words: str, **variables: object) -> str:
-        environment = {**os.environ, "VENV": str(warm_venv),
+        # torchrun before torch 2.13 takes port 29500 unless told otherwise
+        environment = {**os.environ, "VENV": str(warm_venv), "PET_STANDALONE": "1",
                        **{key: str(value) for key, value in variables.items()},
                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         result = subprocess.run(["bash", *words], cwd=ROOT, env=environment, capture_output=True,
