@@ -22,6 +22,7 @@ from lm.models import (
     resolve_model,
 )
 from lm.records import InputError, sha256, whole_folder, write_json
+from lm.stages import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,8 @@ def main(base_model_name_or_path: str, peft_model_path: str, output_dir: str,
         print(f"note: {adapter} was trained on {others}, not on {base}")
     output = Path(output_dir).expanduser()
     weights = next(adapter.glob("adapter_model.*"))
-    origin = {"base_model": base, "adapter": str(adapter), "adapter_sha256": sha256(weights)}
+    origin = {"base_model": base, "base_sha256": digest(base), "adapter": str(adapter),
+              "adapter_sha256": sha256(weights)}
     if is_merged(output, origin, overwrite):
         print(f"{output}: already merged from this adapter")
         return
@@ -91,7 +93,9 @@ def is_merged(output: Path, origin: dict, overwrite: bool) -> bool:
         return False
     note = output / "merge.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if all(found.get(key) == origin[key] for key in ("base_model", "adapter_sha256")):
+    found.setdefault("base_sha256", origin["base_sha256"])  # older notes lack it
+    if all(found.get(key) == origin[key] for key in ("base_model", "base_sha256",
+                                                     "adapter_sha256")):
         return True
     raise InputError(f"{output}: holds a model of another origin; choose another --output_dir, "
                      "or --overwrite")

@@ -51,7 +51,15 @@ def _lock(file: IO[str]) -> None:
 
 
 def read_journal(path: Path, settings: Mapping) -> list[Record]:
-    """The finished lines of a journal, which another process may be writing.
+    """The finished lines of a journal with these settings, which another process may be writing."""
+    lines = finished_lines(path)
+    if len(lines) > 1:
+        check_settings(path, lines[0], settings)
+    return lines[1:]
+
+
+def finished_lines(path: Path) -> list[Record]:
+    """The settings of a journal and its lines, as far as they are whole.
 
     A last line without its newline is not finished: it is being written, or was when a kill came.
     """
@@ -62,9 +70,7 @@ def read_journal(path: Path, settings: Mapping) -> list[Record]:
         except ValueError as error:
             raise InputError(f"{path}: line {number}: broken JSON ({error}); delete that line"
                              ) from error
-    if len(lines) > 1:
-        check_settings(path, lines[0], settings)
-    return lines[1:]
+    return lines
 
 
 def by_content(lines: Iterable[Record], contents: Sequence[str]) -> dict[int, Record]:

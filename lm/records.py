@@ -5,6 +5,7 @@ record with an `InputError`, one line that names the file, the record, the field
 """
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
@@ -23,6 +24,7 @@ TYPE_NAMES = {str: "text", NoneType: "null", int: "a number", float: "a number",
               list: "a list", dict: "an object", bool: "true or false"}
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+SCRATCH = re.compile(r"[a-z0-9_]{8}(\.old)?")  # what tempfile.mkdtemp appends, and `whole_folder`
 
 
 class InputError(Exception):
@@ -121,7 +123,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """A scratch folder that becomes `path` when the block ends well, and vanishes when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    discard_unfinished(path)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    lock = _locked(scratch)
     try:
         yield scratch
         os.chmod(scratch, 0o755)  # mkdtemp and safetensors keep others out
@@ -137,6 +141,33 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def discard_unfinished(path: Path) -> None:
+    """Delete the scratch folders of runs that were killed; those of others under way are locked."""
+    for scratch in path.parent.iterdir():
+        name = scratch.name.removeprefix(f".{path.name}.")
+        if name == scratch.name or not SCRATCH.fullmatch(name) or not scratch.is_dir():
+            continue
+        if name.endswith(".old") and not path.exists():  # the kill came between the two renamings
+            continue
+        with contextlib.suppress(BlockingIOError):
+            lock = _locked(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Hold a folder's lock until what is returned is closed, if only by a kill."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def sha256(path: str | Path) -> str:

@@ -47,6 +47,8 @@ def main(model: str, template: str = "alpaca", max_new_tokens: int = 512, genera
     """
     import torch
 
+    for number in (signal.SIGHUP, signal.SIGTERM):  # a closed terminal stops the server too
+        signal.signal(number, lambda *_: sys.exit(1))
     if not shutil.which("transformers", path=programs()):
         raise InputError("the transformers command is not installed here; pip install -r "
                          "requirements.txt")

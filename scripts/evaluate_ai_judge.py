@@ -15,12 +15,11 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import by_content
+from lm.journal import by_content, finished_lines
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
 from lm.tables import table
@@ -44,10 +43,7 @@ def main(truth: str, judged: str, output: str = "", show: int = 3) -> None:
         output: JSON file for the numbers; none if empty.
         show: so many responses are shown with both judgments.
     """
-    records = read_records(truth)
-    check_fields(records, truth, {"instruction": (str,), "output": (str,),
-                                  "judgment": (str, NoneType)})
-    settings, lines = read_judgments(Path(judged), truth, records)
+    records, settings, lines = read_known(truth, Path(judged))
     verdicts = agreement(records, lines)
     shares = {name: wilson(sum(hits), len(hits)) for name, hits in verdicts.items()}
     name = settings.get("model", settings["judge"])
@@ -60,12 +56,35 @@ def main(truth: str, judged: str, output: str = "", show: int = 3) -> None:
         print(f"\nwritten: {output}")
 
 
+def read_known(truth: str, judged: Path) -> tuple[list[Record], Record, list[Record]]:
+    """The records whose judgment is known, the settings of the judge, and what it said of each."""
+    from cut.data import FIELDS, judgment_of
+
+    records = read_records(truth)
+    check_fields(records, truth, **FIELDS)
+    settings, lines = read_judgments(judged, truth, records)
+    known = [record | {"judgment": judgment_of(record)} for record in records]
+    pairs = [(record, line) for record, line in zip(known, lines, strict=True)
+             if record["judgment"] != ""]
+    if failed := len(records) - len(pairs):
+        print(f"{truth}: {failed} failed judgments left out")
+    if not pairs:
+        raise InputError(f"{truth}: no record has a judgment; nothing is known to compare with")
+    return [record for record, _ in pairs], settings, [line for _, line in pairs]
+
+
 def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Record, list[Record]]:
     """The settings of annotate.py, and what it wrote about each record, a failure if nothing else.
 
     Its journal may hold more judgments, of other records.
     """
-    settings, *lines = read_records(journal_file(judged))
+    journal = journal_file(judged)
+    if not journal.is_file():
+        raise InputError(f"{journal}: no such file; run annotate.py on {truth} with --output_path "
+                         f"{judged}")
+    settings, *lines = finished_lines(journal) or [{}]
+    if not lines:
+        raise InputError(f"{journal}: holds no judgments; run annotate.py on {truth}, to its end")
     contents = contents_of(settings["judge"], records)
     last: dict[int, Record] = {}
     for status in ("failed", "ok"):

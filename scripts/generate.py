@@ -317,6 +317,17 @@ def finished(output: Path, settings: dict, contents: Sequence[str]) -> dict[int,
     return by_content((line for line in lines if "index" in line), contents)
 
 
+def ends(output: Path, data_path: str, template: str) -> list[str]:
+    """The finish reason of each response of a whole output, which its journal holds."""
+    contents = [digest(prompt) for prompt in prompts_of(load_prompts(data_path, 0), template)]
+    done = finished(output, read_settings(output), contents)
+    if len(done) < len(contents):
+        raise InputError(f"{journal_file(output)}: its lines about {len(contents) - len(done)} of "
+                         f"{len(contents)} responses are gone, so how these ended is not known; "
+                         "--overwrite makes them anew")
+    return [done[index]["finish_reason"] for index in range(len(contents))]
+
+
 def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, object]:
     import torch
 

@@ -5,7 +5,8 @@
     python finetune_unlikelihood.py --objective ilf_mle --data_path runs/refined.jsonl ...
 
 Writes the records with the refinement in field `i_ans`; those that have one, or whose response is
-satisfactory, stay as they are. The responses are made by scripts/generate.py, beside the output: a
+satisfactory, stay as they are. One that was cut at --max_new_tokens is left blank: to learn from it
+would be to learn to stop there. The responses are made by scripts/generate.py, beside the output: a
 killed run goes on, a finished one is not made again, torchrun shares the work, and --base_url asks
 a server.
 """
@@ -30,6 +31,7 @@ from lm.records import (
 )
 from scripts import generate
 
+HEADING = "\n### "
 FIELD = re.compile(r"\{(instruction|response|judgment)\}")
 
 
@@ -60,7 +62,8 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
     check_output(output_path, data_path)
     records = read_records(data_path)
     wanted = to_refine(records, data_path)
-    answers: list[Record] = []
+    answers: list[str] = []
+    ends: list[str] = []
     if wanted:
         frame = read_frame(template)
         prompts, refinements = (Path(f"{output_path}.{name}.json")
@@ -75,14 +78,13 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
             max_cost=max_cost)
         if os.environ.get("RANK", "0") != "0":  # the first process writes
             return
-        answers = read_records(str(refinements))
-    refined = dict(zip(wanted, (refinement_in(answer["output"]) for answer in answers),
-                       strict=True))
+        answers = [answer["output"] for answer in read_records(str(refinements))]
+        ends = generate.ends(refinements, str(prompts), "plain")
+    refined = dict(zip(wanted, map(refinement_in, answers, ends), strict=True))
     write_text(output_path, "".join(
         json.dumps(record | ({"i_ans": refined[index]} if index in refined else {}),
                    ensure_ascii=False) + "\n" for index, record in enumerate(records)))
-    shortened = sum(refinement_in(answer["output"]) != answer["output"].strip()
-                    for answer in answers)
+    shortened = sum(HEADING in answer for answer in answers)
     print(summary(records, refined, shortened, output_path))
 
 
@@ -127,19 +129,23 @@ def prompt_of(record: Record, frame: str) -> str:
     return FIELD.sub(lambda field: fields[field[1]], frame)
 
 
-def refinement_in(answer: str) -> str:
-    """The answer up to the next heading: small models go on as if another block had to follow."""
-    return answer.split("\n### ")[0].strip()
+def refinement_in(answer: str, end: str) -> str:
+    """The answer up to the next heading: small models go on as if another block had to follow.
+
+    Blank where it was cut before it came to an end.
+    """
+    text, heading, _ = answer.partition(HEADING)
+    return text.strip() if heading or end != "length" else ""
 
 
 def summary(records: list[Record], refined: dict[int, str], shortened: int,
             output_path: str) -> str:
-    """How many were refined, and how many of those say nothing new."""
+    """How many were refined, and how many of those say nothing, or nothing new."""
     blank = sum(not text for text in refined.values())
     same = sum(text == records[index]["output"].strip() for index, text in refined.items())
-    return (f"{output_path}: {len(records)} records, {len(refined)} refined ({blank} blank, {same} "
-            f"unchanged, {shortened} ended at a heading); the others are satisfactory, without a "
-            "judgment, or had a refinement")
+    return (f"{output_path}: {len(records)} records, {len(refined)} refined ({blank} blank or cut, "
+            f"{same} unchanged, {shortened} ended at a heading); the others are satisfactory, "
+            "without a judgment, or had a refinement")
 
 
 if __name__ == "__main__":

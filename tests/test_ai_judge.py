@@ -75,7 +75,8 @@ def judge(tmp_path, truth: str, said: list, records=None) -> str:
         lines += [{**about, "status": "failed", "judgment": None, "error": "e", "raw": "r"},
                   {**about, "status": "failed" if text == "!" else "ok", "error": "",
                    "judgment": None if text == "!" else text, "raw": text or "Yes."}]
-    (tmp_path / "judged.json.judgments.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "judged.json.judgments.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines))
     return str(tmp_path / "judged.json")
 
 
@@ -103,3 +104,28 @@ def test_judgments_of_other_records_or_of_some_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"record 0 of .* and 1 more are not judged there"):
         evaluate_ai_judge.main(truth, judge(tmp_path, truth, [None, None], [
             {"instruction": word, "output": "O"} for word in ("S", "T")]))
+
+
+def test_failed_annotations_are_not_known_and_half_a_line_is_not_read(tmp_path, capsys):
+    """Four known, two failed; the last line of the journal was being written when a kill came."""
+    truth = write(tmp_path / "truth.json", [
+        {"instruction": f"Q{number}", "output": "O", "judgment": text}
+        for number, text in enumerate([None, "$ERROR$", "Bad.", " ", None, "Worse."])])
+    judged = judge(tmp_path, truth, [None, None, "Awful.", "Hm.", None, None])
+    with open(f"{judged}.judgments.jsonl", "a") as journal:
+        journal.write('{"index": 0, "conte')
+    evaluate_ai_judge.main(truth, judged, str(tmp_path / "r.json"))
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert {name: (share["hits"], share["total"]) for name, share in metrics.items()} == {
+        "readable": (4, 4), "right": (3, 4), "right_perfect": (2, 2), "right_faulty": (1, 2),
+        "majority": (2, 4)}
+    assert "truth.json: 2 failed judgments left out" in capsys.readouterr().out
+
+
+def test_no_judgments_is_one_line(tmp_path):
+    truth = write(tmp_path / "truth.json", [{"instruction": "Q", "output": "O",
+                                             "judgment": "$ERROR$"}])
+    with pytest.raises(InputError, match=r"judgments.jsonl: no such file; run annotate.py"):
+        evaluate_ai_judge.main(truth, str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match="no record has a judgment"):
+        evaluate_ai_judge.main(truth, judge(tmp_path, truth, ["Bad."]))

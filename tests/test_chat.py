@@ -4,6 +4,7 @@
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_a_server_that_stops_by_itself_is_quoted(tmp_path, monkeypatch):
 
 
 @pytest.mark.xdist_group("processes")
+def test_a_closed_terminal_stops_the_server(tiny_llama):
+    words = [sys.executable, "scripts/chat.py", "--model", str(tiny_llama)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as chatting:
+        assert chatting.stdout.readline().startswith("loading")
+        children = Path(f"/proc/{chatting.pid}/task/{chatting.pid}/children").read_text().split()
+        assert len(children) == 1
+        chatting.send_signal(signal.SIGHUP)
+        assert chatting.wait(timeout=60) == 1
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
 def test_a_chat(tiny_llama):
     """A question, no to "go on?", and !exit. What a random model says is no matter."""
     pytest.importorskip("fastapi")

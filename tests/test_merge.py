@@ -1,11 +1,13 @@
 """A merged model is plain, whole and exact, or is not there at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import merge
@@ -77,6 +79,18 @@ def test_second_merge_is_a_no_op_and_another_adapter_an_error(tiny_llama, tmp_pa
     assert (output / "model.safetensors").stat().st_mtime_ns == written
     merge.main(str(tiny_llama), str(second), str(output), overwrite=True)
     assert (output / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_a_base_that_was_written_again_is_another_origin(tiny_llama, tmp_path):
+    """The next round's base lies where the last one's did."""
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    adapter, output = make_adapter(base, tmp_path / "adapter"), tmp_path / "merged"
+    merge.main(str(base), str(adapter), str(output))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()},
+              base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="another origin"):
+        merge.main(str(base), str(adapter), str(output))
 
 
 def test_another_base_than_the_adapters_is_told(tiny_llama, tmp_path, capsys):

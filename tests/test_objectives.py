@@ -219,6 +219,13 @@ def test_blank_and_unchanged_refinements_are_not_learnt():
     assert refinements_preferred(the_examples([GOOD, blank, same])) == []
 
 
+@pytest.mark.parametrize(("answer", "end", "refinement"), [
+    ("A dog.\n\n### Judgment:\nIt is", "length", "A dog."), (" A dog.\n", "stop", "A dog."),
+    ("A dog, whose", "length", "")])
+def test_refinements_end_at_a_heading_and_are_blank_where_they_have_no_end(answer, end, refinement):
+    assert refine.refinement_in(answer, end) == refinement
+
+
 def test_refine_asks_once_and_counts(tiny_llama, tmp_path, monkeypatch):
     """Two records need a refinement, one of four is satisfactory, one has a refinement."""
     todo = {**BAD, "output": "with {braces}"}
@@ -237,7 +244,7 @@ def test_refine_asks_once_and_counts(tiny_llama, tmp_path, monkeypatch):
     asked = json.loads((tmp_path / "refined.jsonl.prompts.json").read_text())
     assert "### Response:\nwith {braces}\n\n### Judgment:\nNo." in asked[1]["instruction"]
 
-    assert refine.refinement_in("A dog.\n\n### Judgment:\nIt is.") == "A dog."
+    assert not any(record["i_ans"] for record in told[2:])  # cut at five tokens
 
     def again(*arguments, **options):
         raise AssertionError("a model was loaded")

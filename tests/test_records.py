@@ -156,3 +156,19 @@ def test_whole_folder_vanishes_when_its_block_fails(error, tmp_path):
         (scratch / "half.txt").write_text("half")
         raise error
     assert os.listdir(tmp_path) == ["model"] and os.listdir(path) == ["old.txt"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_whole_folder_clears_away_what_kills_left(finished, tmp_path):
+    """All but the scratch folder of a run under way, and an old one while no new one is there."""
+    path = tmp_path / "model"
+    names = [".model.k1lled_x", ".model.k1lled_y.old", ".model.mine", ".models.k1lled_x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("many")
+    if finished:
+        path.mkdir()
+    with whole_folder(path) as under_way, whole_folder(path):
+        left = {folder.name for folder in tmp_path.glob(".*")}
+        assert under_way.is_dir() and under_way.name in left
+        assert left.intersection(names) == {*names[2:], *([] if finished else names[1:2])}
