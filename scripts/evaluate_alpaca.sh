@@ -15,11 +15,12 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 MODEL=${1:?which model? bash scripts/evaluate_alpaca.sh FOLDER}
+MODEL=${MODEL%/}
 ANNOTATOR=${ANNOTATOR:-alpaca_eval_gpt4}   # as published; weighted_alpaca_eval_gpt4_turbo; local
 JUDGE_MODEL=${JUDGE_MODEL:-}               # default: the annotator's own
 BASE_URL=${BASE_URL:-}                     # default: OPENAI_BASE_URL, else OpenAI
-FOLDER=$MODEL                              # of its answers; a name is no folder
-[ -d "$MODEL" ] || FOLDER=runs/$(basename "$MODEL")
+FOLDER=${MODEL%/model}                     # of its answers: a recipe leaves them beside RUN/model
+[[ -d $MODEL || $MODEL = */*/* ]] || FOLDER=runs/${MODEL##*/} # a name is no folder
 OUTPUTS=${OUTPUTS:-$FOLDER/alpaca_eval.json}
 PROMPTS=${PROMPTS:-}                       # default: the 805 AlpacaEval instructions, from the Hub
 REFERENCE=${REFERENCE:-}                   # default: text-davinci-003's answers, from the Hub

@@ -3,9 +3,9 @@
     python scripts/evaluate_constraints.py --prompts data/sample/heldout.jsonl \
         --outputs base/heldout.json,cut/heldout.json --output results.json
 
-Prompts are records with `instruction` and `constraints`; outputs are AlpacaEval files as
-scripts/generate.py writes them, the baseline's first. IFEval's checkers give the verdicts: no
-money, seconds on a CPU.
+Prompts are records with `instruction` (and `input`) and `constraints`; outputs are AlpacaEval
+files as scripts/generate.py writes them, the baseline's first. IFEval's checkers give the verdicts:
+no money, seconds on a CPU.
 """
 
 import random
@@ -13,12 +13,13 @@ import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.judges import satisfied
-from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
 
 
@@ -26,7 +27,7 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
     """Print a table of satisfied constraints by kind and model, and some answers side by side.
 
     Args:
-        prompts: File of records with `instruction` and `constraints`.
+        prompts: File of records with `instruction` (and `input`) and `constraints`.
         outputs: Files of answers, separated by commas; the first one is the baseline.
         output: JSON file for the numbers and every verdict; none if empty.
         show: Prompts whose answers are shown; those where the verdicts differ come first.
@@ -47,9 +48,14 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
 
 
 def read_prompts(path: str) -> list[Record]:
-    """Records with an instruction, not twice the same, and at least one constraint."""
+    """Records with an instruction, not twice the same, and at least one constraint.
+
+    An `input` is joined to the instruction, as in the answers of scripts/generate.py.
+    """
     records = read_records(path)
-    check_fields(records, path, {"instruction": (str,), "constraints": (list,)})
+    check_fields(records, path, {"instruction": (str,), "constraints": (list,)},
+                 {"input": (str, NoneType)})
+    records = [{**record, "instruction": join_input(record)} for record in records]
     seen: set[str] = set()
     for index, record in enumerate(records):
         if not all(isinstance(entry, dict) and isinstance(entry.get("kind"), str)

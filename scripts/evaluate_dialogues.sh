@@ -17,16 +17,20 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 MODEL=${1:?which model? bash scripts/evaluate_dialogues.sh FOLDER}
+MODEL=${MODEL%/}
 SFT=${SFT:-}                      # the baseline of VicunaEval; empty: MT-Bench alone
-FOLDER=$MODEL                     # of the answers; a name is no folder
-[ -d "$MODEL" ] || FOLDER=runs/$(basename "$MODEL")
+FOLDER=${MODEL%/model}            # of the answers: beside a recipe's RUN/model
+[[ -d $MODEL || $MODEL = */*/* ]] || FOLDER=runs/${MODEL##*/} # a name is no folder
 OUT=${OUT:-$FOLDER}
 TEMPLATE=${TEMPLATE:-alpaca}      # or chat; SELF-JUDGE: configs/templates/chat.jinja
 JUDGE=${JUDGE:-gpt-4}
 BASE_URL=${BASE_URL:-}            # default: OPENAI_BASE_URL, else OpenAI
-MT_BENCH=${MT_BENCH:-data/downloads/mt_bench/question.jsonl}
-# GPT-4's answers to math, coding and reasoning; empty: the questions' own
-REFERENCES=${REFERENCES-data/downloads/mt_bench/reference_answer/gpt-4.jsonl}
+QUESTIONS=data/downloads/mt_bench/question.jsonl
+MT_BENCH=${MT_BENCH:-$QUESTIONS}
+if [ "$MT_BENCH" = "$QUESTIONS" ]; then # GPT-4's answers to math, coding and reasoning
+    REFERENCES=${REFERENCES-data/downloads/mt_bench/reference_answer/gpt-4.jsonl}
+fi
+REFERENCES=${REFERENCES:-}        # empty: the questions' own
 VICUNA=${VICUNA:-data/downloads/vicuna/question.jsonl}
 LIMIT=${LIMIT:-0}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}
@@ -43,7 +47,9 @@ judge() { # SCRIPT FLAGS...
         ${BASE_URL:+--base_url "$BASE_URL"} "${@:2}"
 }
 
-if [ ! -e "$MT_BENCH" ]; then python scripts/download_data.py mt_bench; fi
+if [ ! -e "$MT_BENCH" ] || [ ! -e "${REFERENCES:-$MT_BENCH}" ]; then
+    python scripts/download_data.py mt_bench
+fi
 answer "$MODEL" "$MT_BENCH" "$OUT/mt_bench.json"
 judge scripts/evaluate_mt_bench.py --answers "$OUT/mt_bench.json" \
     ${REFERENCES:+--references "$REFERENCES"}

@@ -247,15 +247,26 @@ def by_constraints(settings: SimpleNamespace, number: int, answers: Path) -> dic
 
 
 def by_comparison(settings: SimpleNamespace, answers: Path) -> dict:
-    """AlpacaEval's win rate with its 95 % interval."""
+    """AlpacaEval's win rate with its 95 % interval, and what all runs paid for it."""
     folder = answers.with_name("alpaca_eval")
+    before = paid(folder / "cache")  # by a run that was stopped
     execute(settings, "scripts/evaluate_alpaca.py", model_outputs=answers, output_dir=folder,
             annotator=settings.annotator, **settings.flags["evaluate"])
     told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rate, margin = told["win_rate"], 1.96 * told["standard_error"]
     return {"measure": "AlpacaEval win rate, %", "score": rate, "low": rate - margin,
             "high": rate + margin, "undecided": told["n_undecided"],
-            "cost": told["cost_of_this_run"]}
+            "cost": before + told["cost_of_this_run"]}
+
+
+def paid(cache: Path) -> float:
+    """Dollars for the replies in a server's cache; lost and unreadable ones are not kept there."""
+    import diskcache
+
+    if not cache.is_dir():
+        return 0.0
+    with diskcache.Cache(cache, disk=diskcache.JSONDisk, eviction_policy="none") as kept:
+        return sum(kept[key]["cost"] for key in kept)
 
 
 def execute(settings: SimpleNamespace, script: str, processes: int = 1, may_fail: bool = False,

@@ -57,12 +57,12 @@ def main(folder: str = "runs", output_dir: str = "") -> None:
     output = Path(output_dir or root / "report")
     output.mkdir(parents=True, exist_ok=True)
     files = [path for path in sorted(root.rglob("*")) if path.is_file()
-             and not path.is_relative_to(output)
              and not any(part.startswith(("checkpoint-", "."))
                          for part in path.relative_to(root).parts)]
     curves = draw_curves(root, files, output)
     figures = {escaped(path.relative_to(root)): path for path in files if path.suffix == ".png"
-               and path.name != "loss.png"}  # plot_training.py's, which the curves show too
+               and path.name != "loss.png"  # plot_training.py's, which the curves show too
+               and path.parent.resolve() != output.resolve()}  # the curves, of this run or before
     beside = list(paper_tables(root))
     lines = ["# Results", "", "## Beside the papers", "", *beside,
              "## What is here", "", *found_tables(root, files)]

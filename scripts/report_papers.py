@@ -18,6 +18,7 @@ class Measure:
     key: tuple[str, ...]  # within the file; * is the last of several
     command: str  # empty where the row's recipe is enough
     scale: float = 1
+    answers: str = "."  # of the recipe, where the command only scores them
 
 
 def _ranking(name: str, task: str) -> Measure:
@@ -32,11 +33,15 @@ def _rouge(name: str, kind: str) -> Measure:
                    "--base_model_name_or_path {model} --output {folder}/{run}/rouge.json")
 
 
+def _scored(name: str, answers: str) -> Measure:
+    file = f"{{folder}}/{{run}}/{answers}.json"
+    return Measure(name, f"{{run}}/{answers}/alpaca_eval_gpt4/results.json", ("win_rate",),
+                   f"python scripts/evaluate_alpaca.py --model_outputs {file}", answers=file)
+
+
 def _tournament(samples: int) -> Measure:
     name = "tournament" if samples == 16 else f"tournament.n{samples}"
-    return Measure(f"N = {samples}", f"{{run}}/{name}/alpaca_eval_gpt4/results.json",
-                   ("win_rate",), "python scripts/evaluate_alpaca.py --model_outputs "
-                   f"{{folder}}/{{run}}/{name}.json")
+    return _scored(f"N = {samples}", name)
 
 
 MT_BENCH = ("TEMPLATE=configs/templates/chat.jinja OUT={folder}/{run} "
@@ -51,9 +56,7 @@ MEASURES = {
         "AlpacaEval", "{run}/alpaca_eval/alpaca_eval_gpt4/results.json", ("win_rate",),
         "{generate}OUTPUTS={folder}/{run}/alpaca_eval.json bash scripts/evaluate_alpaca.sh "
         "{model}"),
-    "alpaca_greedy": Measure(
-        "AlpacaEval", "{run}/greedy/alpaca_eval_gpt4/results.json", ("win_rate",),
-        "python scripts/evaluate_alpaca.py --model_outputs {folder}/{run}/greedy.json"),
+    "alpaca_greedy": _scored("AlpacaEval", "greedy"),
     "rouge1": _rouge("ROUGE-1", "rouge1"),
     "rouge2": _rouge("ROUGE-2", "rouge2"),
     "rougeL": _rouge("ROUGE-L", "rougeL"),
@@ -110,15 +113,18 @@ def our_figure(root: Path, row: Record, measure: Measure) -> str | None:
 
 def commands_for(root: Path, row: Record, measures: Sequence[Measure],
                  ours: Sequence[str | None]) -> Iterator[str]:
-    """The recipe, unless its weights are there, and what measures each missing number."""
+    """The recipe, unless what it makes is there, and what measures each missing number."""
     model = row.get("model", f"{root}/{row['run']}/model")
-    generate = f"GENERATE='{row['generate']}' " if "generate" in row else ""
-    if "recipe" in row and not Path(model).is_dir():
+    names = {"folder": root, "model": model, "run": row["run"],
+             "name": row["run"].replace("/", "-"),
+             "generate": f"GENERATE='{row['generate']}' " if "generate" in row else ""}
+    missing = [measure for measure, mine in zip(measures, ours, strict=True) if mine is None]
+    made = [any(Path(model).glob("*.safetensors")), *(
+        bool(measure.command) and Path(measure.answers.format(**names)).exists()
+        for measure in missing)]
+    if "recipe" in row and not all(made):
         yield row["recipe"]
-    commands = [measure.command.format(folder=root, model=model, run=row["run"],
-                                       name=row["run"].replace("/", "-"), generate=generate)
-                for measure, mine in zip(measures, ours, strict=True)
-                if mine is None and measure.command]
+    commands = [measure.command.format(**names) for measure in missing if measure.command]
     commands = [command for command in commands if f"SFT={model} " not in command]  # with itself
     yield from (command for command in commands  # one may do what another does, and more
                 if not any(other.endswith(f" {command}") for other in commands))

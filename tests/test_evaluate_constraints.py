@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lm.records import InputError
+from scripts import generate
 from scripts.evaluate_constraints import (
     changed,
     main,
@@ -131,6 +132,21 @@ def test_a_missing_answer_is_an_error(files, tmp_path):
 def test_bad_prompts_are_named(tmp_path, record, message):
     with pytest.raises(InputError, match=message):
         read_prompts(write(tmp_path / "p.jsonl", [PROMPTS[0], record]))
+
+
+def test_inputs_are_joined_to_the_instructions_as_the_answers_have_them(tmp_path):
+    """Two prompts with one instruction and other inputs are two."""
+    prompts = [{"instruction": "Greet:", "input": name, "constraints": [NO_COMMA]}
+               for name in ("Ann", "Bob", None)]
+    path = write(tmp_path / "p.jsonl", prompts)
+    made = generate.answers(generate.load_prompts(path, 0), ["Hello Ann.", "Hi, Bob.", "Hi."], "m")
+    assert read_prompts(path)[1]["instruction"] == "Greet:\nBob"
+    assert named_answers([write(tmp_path / "answers.json", made)], read_prompts(path)) == {
+        "m": ["Hello Ann.", "Hi, Bob.", "Hi."]}
+    with pytest.raises(InputError, match="record 3: field 'instruction' repeats"):
+        read_prompts(write(tmp_path / "p.jsonl", [*prompts, prompts[0]]))
+    with pytest.raises(InputError, match="record 0: field 'input' is"):
+        read_prompts(write(tmp_path / "p.jsonl", [{**prompts[0], "input": 3}]))
 
 
 def test_models_are_named_by_generator_and_never_confused(files, tmp_path):

@@ -373,6 +373,26 @@ def test_a_win_rate_of_few_pairs_stops_the_round(settings, tmp_path, in_process,
         online_stages.evaluate(checked(flags, evaluate_settings=common), 0, settings["model"])
 
 
+def test_what_a_stopped_evaluation_paid_is_counted(settings, tmp_path, in_process, monkeypatch):
+    """Two of three judgments of $1, then a stop."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    prompts = [{"instruction": f"Say {word}.", "output": word, "generator": "davinci"}
+               for word in ("one", "two", "three")]
+    write_json(tmp_path / "reference.json", prompts)
+    with FaultServer(answer=lambda text: "M") as server:
+        common = (f"base_url={server.url} judge_model=tiny price_in=100000 price_out=0 "
+                  f"concurrency=1 reference_outputs={tmp_path / 'reference.json'}")
+        flags = settings | {"output_dir": str(tmp_path / "run"), "annotator": "local",
+                            "eval_prompts": str(tmp_path / "reference.json")}
+        with pytest.raises(InputError, match=r"evaluate_alpaca.py stopped with exit code 2"):
+            online_stages.evaluate(checked(flags, evaluate_settings=f"{common} max_requests=2"), 0,
+                                   settings["model"])
+        cost = online_stages.evaluate(checked(flags, evaluate_settings=common), 0,
+                                      settings["model"])["cost"]
+        assert len(server.asked) == 3
+    assert cost == pytest.approx(3)
+
+
 def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_process,
                                                         monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

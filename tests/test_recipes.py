@@ -13,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from tiny_judge import save_tiny_judge
+
+from lm.tables import PAPER_TABLES
+from scripts.report_papers import MEASURES, commands_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PRINCIPLES = ["helpfulness", "honesty", "instruction_following", "truthfulness"]
@@ -51,6 +55,21 @@ def shown(*words: str, **variables: str) -> list[list[str]]:
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
+def command_of(line: str) -> tuple[dict[str, str], list[str]]:
+    """The variables and the words after `bash` of a recipe's line."""
+    before, _, after_it = line.partition("bash ")
+    return dict(word.split("=", 1) for word in shlex.split(before)), shlex.split(after_it)
+
+
+def after(flag: str, words: list[str]) -> str | None:
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def paper_row(run: str) -> dict:
+    tables = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
+    return next(row for listed in tables for row in listed["rows"] if row["run"] == run)
+
+
 @pytest.mark.parametrize(("recipe", "answers"), [("alpaca", "alpaca_eval.json"),
                                                  ("dialogues", "mt_bench.json")])
 def test_answers_lie_in_the_models_folder_or_below_runs(recipe, answers, tmp_path):
@@ -60,6 +79,59 @@ def test_answers_lie_in_the_models_folder_or_below_runs(recipe, answers, tmp_pat
         lines = shown(f"scripts/evaluate_{recipe}.sh", model)
         assert [word for words in lines for word in words if word.endswith(f"/{answers}")] == [
             f"{folder}/{answers}"] * 2
+
+
+@pytest.mark.parametrize("run", ["cut-offline", "cut-online/round1", "cut-llama2-70b-chat"])
+def test_scores_are_of_the_recipes_answers_and_lie_where_the_report_looks(run):
+    """By the command of the recipe's header and by the report's: no GPU hour, no dollar twice."""
+    row = paper_row(run)
+    variables, recipe = command_of(row["recipe"])
+    (answered,) = [words for words in shown(*recipe, **variables) if "scripts/generate.py" in words]
+    *_, told = commands_for(Path("runs"), row, [MEASURES["alpaca"]], [None])
+    more = {"GENERATE": row["generate"]} if "generate" in row else {}
+    scored = shown("scripts/evaluate_alpaca.sh", f"runs/{run}/model", **more)
+    assert scored == shown("scripts/evaluate_alpaca.sh", f"runs/{run}/model/", **more)
+    assert scored == shown(*command_of(told)[1], **command_of(told)[0])
+    generated, judged = scored
+    for flag in ("--base_model_name_or_path", "--output_path", "--max_new_tokens", "--load_in"):
+        assert after(flag, generated) == after(flag, answered)
+    outputs = Path(after("--model_outputs", judged))
+    assert str(outputs) == after("--output_path", answered)
+    assert str(outputs.with_suffix("") / after("--annotator", judged) / "results.json") == (
+        f"runs/{MEASURES['alpaca'].file.format(run=run)}")
+
+
+def test_dialogues_lie_where_the_report_looks():
+    *_, told = commands_for(Path("runs"), paper_row("sft"), [MEASURES["mt_bench"]], [None])
+    variables, words = command_of(told)
+    assert variables.pop("OUT") == "runs/sft"
+    lines = shown(*words, **variables)
+    assert lines == shown(*words, **variables, OUT="runs/sft")
+    answers, judge = after("--answers", lines[-1]), after("--judge_model", lines[-1])
+    assert f"{answers.removesuffix('.json')}/{judge}/results.json" == (
+        f"runs/{MEASURES['mt_bench'].file.format(run='sft')}")
+
+
+def test_questions_of_your_own_need_no_references(tmp_path):
+    """Those of MT-Bench are fetched, if either file is missing, before anything is answered."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("evaluate_dialogues.sh", "environment.sh"):
+        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+    downloads, own = tmp_path / "data/downloads/mt_bench", tmp_path / "q.jsonl"
+    (downloads / "reference_answer").mkdir(parents=True)
+    for path in (own, downloads / "question.jsonl"):
+        path.touch()
+
+    def scripts(**variables: str) -> list[str]:
+        lines = shown(str(tmp_path / "scripts/evaluate_dialogues.sh"), "org/m", **variables)
+        assert ("--references" in lines[-1]) == (not variables)
+        return [Path(words[1]).stem for words in lines]
+
+    asked = ["generate_dialogues", "evaluate_mt_bench"]
+    assert scripts() == ["download_data", *asked]
+    assert scripts(MT_BENCH=str(own)) == scripts(REFERENCES="") == asked
+    (downloads / "reference_answer/gpt-4.jsonl").touch()
+    assert scripts() == asked
 
 
 def test_dry_runs_show_every_command_and_leave_nothing(tmp_path):

@@ -26,7 +26,7 @@ from scripts import (
     evaluate_vicuna,
     report,
 )
-from scripts.report_papers import MEASURES, paper_tables
+from scripts.report_papers import MEASURES, commands_for, paper_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
@@ -172,6 +172,17 @@ def test_the_same_inputs_give_the_same_bytes(page, results):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("folder", ["report", "."])
+def test_its_own_pictures_are_no_results_wherever_the_page_goes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs/small/trainer_state.json", {"log_history": LOG})
+    pages = []
+    for _ in range(2):
+        report.main("runs", output_dir=str(tmp_path / "runs" / folder))
+        pages.append((tmp_path / "runs" / folder / "report.md").read_bytes())
+    assert pages[0] == pages[1] and pages[0].count(b"![") == 1
+
+
 def test_an_empty_folder_is_all_missing(tmp_path, capsys):
     report.main(str(tmp_path), output_dir=str(tmp_path / "out"))
     shown = (tmp_path / "out/report.md").read_text()
@@ -237,9 +248,28 @@ def test_files_of_other_programs_are_left_out(value, tmp_path):
 
 def test_weights_that_are_there_are_not_made_again(tmp_path):
     (tmp_path / "cut-offline/model").mkdir(parents=True)
+    assert "bash scripts/cut_offline.sh" in list(paper_tables(tmp_path))  # a folder is no weights
+    (tmp_path / "cut-offline/model/model.safetensors").touch()
     lines = list(paper_tables(tmp_path))
     assert "bash scripts/cut_offline.sh" not in lines
     assert "bash scripts/cut_online_iter.sh 1" in lines
+
+
+@pytest.mark.parametrize(("measure", "answers"), [
+    ("alpaca_greedy", "greedy.json"), ("tournament4", "tournament.n4.json"), ("judge", None)])
+def test_the_recipe_is_told_where_weights_alone_are_not_enough(measure, answers, tmp_path):
+    """Its answers are scored, never made by a command; the judge's accuracy has none at all."""
+    row = {"run": "self-judge-uf", "model": str(tmp_path / "self_judge"), "recipe": "the recipe"}
+    (tmp_path / "self_judge").mkdir()
+    (tmp_path / "self_judge/adapter_model.safetensors").touch()
+
+    def told() -> list[str]:
+        return list(commands_for(tmp_path, row, [MEASURES[measure]], [None]))
+
+    assert told()[0] == "the recipe"
+    if answers:
+        path = write(tmp_path / "self-judge-uf" / answers, [])
+        assert told() == [f"python scripts/evaluate_alpaca.py --model_outputs {path}"]
 
 
 def test_the_papers_tables_are_whole():
