@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -110,7 +111,10 @@ class Server:
     def _connect(self, timeout: float) -> "openai.OpenAI":
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY", "")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()  # .env files may leave a line end on it
+        if not re.fullmatch("[!-~]*", key):  # what a header cannot hold, errors would show
+            raise InputError("OPENAI_API_KEY has a space, a control character or one outside ASCII "
+                             "in it; export the key once more, without it")
         if not key and self.base_url == OPENAI:
             raise InputError("OPENAI_API_KEY is not set; export it, or name another server with "
                              "--base_url")
@@ -226,7 +230,10 @@ class Server:
         """One line of what happened, without the key should the server repeat it."""
         cause = f" ({error.__cause__})" if type(error).__name__ == "APIConnectionError" else ""
         text = " ".join(f"{error}{cause}".split()) or type(error).__name__
-        return text.replace(self._client.api_key, "[key]")[:300]  # cut last: no part of a key stays
+        key = self._client.api_key
+        for shown in (key, repr(key)[1:-1]):  # errors hold bodies as Python writes them
+            text = text.replace(shown, "[key]")
+        return text[:300]  # cut last: no part of a key stays
 
 
 def connect(model: str, base_url: str, flags: Mapping, **more: object) -> Server:

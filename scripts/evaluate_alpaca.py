@@ -14,7 +14,8 @@ the server from --base_url or OPENAI_BASE_URL.
 
 A draw counts one half. A pair whose judgment failed or cannot be read is undecided: left out,
 counted, and asked again by the next run; with more of them than --max_undecided the exit code is
-1. The length-controlled win rate needs files of the Hub and is not computed.
+1. Results of other inputs are never replaced: they want another --output_dir. The length-controlled
+win rate needs files of the Hub and is not computed.
 
 Cost: the published judgments of 805 answers by gpt-4 say that they cost $18.17 and took 15 minutes;
 the annotators of 2024 cost a third and less (an estimate). alpaca-eval needs no environment of its
@@ -38,6 +39,7 @@ from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.server import connect
 from lm.tables import paper_rows, table
+from scripts.evaluate_mt_bench import refuse_other_inputs
 
 if TYPE_CHECKING:
     from alpaca_eval.annotators import PairwiseAnnotator
@@ -67,7 +69,7 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         judge_model: another model than the configuration names.
         base_url: server that speaks OpenAI's protocol; default OPENAI_BASE_URL, else OpenAI's.
         output_dir: default: MODEL_OUTPUTS without its suffix / annotator.
-        limit: only the first so many answers; 0 is all.
+        limit: only the first so many answers or judgments; 0 is all.
         max_undecided: share of the pairs without a preference that is no reason for exit code 1.
         concurrency: requests under way at a time.
         requests_per_minute: send no more than that; 0 is no limit.
@@ -81,28 +83,33 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
     flags = locals()
     if not 0 <= max_undecided <= 1:
         raise InputError(f"--max_undecided is {max_undecided}; expected a share, 0 to 1")
+    if limit < 0:
+        raise InputError(f"--limit is {limit}; expected 0 (all) or more")
     if bool(model_outputs) == bool(annotations):
         raise InputError("give either --model_outputs, to have them judged, or --annotations")
     if find_spec("alpaca_eval") is None:
         raise InputError("alpaca-eval is not installed here; pip install -r requirements.txt")
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-    about = {"benchmark": "alpaca_eval", "annotations": annotations}
     if annotations:
-        judged = read_annotations(annotations)
+        judged = read_annotations(annotations)[:limit or None]
         folder = Path(output_dir) if output_dir else None
+        about = {"benchmark": "alpaca_eval", "annotations": annotations}
+        if folder:
+            refuse_other_inputs(folder, about)
     else:
         pairs = read_pairs(model_outputs, reference_outputs, limit)
         folder = Path(output_dir or Path(model_outputs).with_suffix("") / "-".join(
             filter(None, (Path(annotator).name, judge_model.replace("/", "_")))))
         judge, model = load_annotator(annotator, judge_model)
+        about = {"benchmark": "alpaca_eval", "model_outputs": model_outputs,
+                 "annotator": annotator, "judge_model": model,
+                 "reference_outputs": reference_outputs or "the Hub's"}
+        refuse_other_inputs(folder, about)
         server = connect(model, base_url, flags, cache=str(folder / "cache"))
         judged, undecided = annotate(judge, server, *pairs)
         write_json(folder / "annotations.json", judged)
         write_json(folder / "undecided.json", undecided)
-        about = {"benchmark": "alpaca_eval", "model_outputs": model_outputs,
-                 "annotator": annotator, "judge_model": model, "base_url": server.base_url,
-                 "reference_outputs": reference_outputs or "the Hub's",
-                 "cost_of_this_run": server.budget.cost}
+        about |= {"base_url": server.base_url, "cost_of_this_run": server.budget.cost}
         if undecided:
             print(f"{len(undecided)} undecided (the last: {undecided[-1]['error']}), listed in "
                   f"{folder}/undecided.json; the same command asks for them again")
@@ -134,8 +141,6 @@ def read_pairs(model_outputs: str, reference: str, limit: int) -> tuple[list[Rec
     """The reference's and the model's answers to the same instructions, in the same order."""
     from scripts.generate import download_alpaca_eval
 
-    if limit < 0:
-        raise InputError(f"--limit is {limit}; expected 0 (all) or more")
     answers = read_answers(model_outputs)[:limit or None]
     reference = reference or download_alpaca_eval("--reference_outputs")
     of_reference = {record["instruction"]: record for record in read_answers(reference)}

@@ -27,12 +27,13 @@ JUDGE=${JUDGE:-gpt-4}
 BASE_URL=${BASE_URL:-}            # default: OPENAI_BASE_URL, else OpenAI
 QUESTIONS=data/downloads/mt_bench/question.jsonl
 MT_BENCH=${MT_BENCH:-$QUESTIONS}
-if [ "$MT_BENCH" = "$QUESTIONS" ]; then # GPT-4's answers to math, coding and reasoning
+VICUNA=${VICUNA:-data/downloads/vicuna/question.jsonl}
+LIMIT=${LIMIT:-0}
+# GPT-4's answers to math, coding and reasoning; the first 20 questions have none
+if [ "$MT_BENCH" = "$QUESTIONS" ] && { [ "$LIMIT" = 0 ] || [ "$LIMIT" -gt 20 ]; }; then
     REFERENCES=${REFERENCES-data/downloads/mt_bench/reference_answer/gpt-4.jsonl}
 fi
 REFERENCES=${REFERENCES:-}        # empty: the questions' own
-VICUNA=${VICUNA:-data/downloads/vicuna/question.jsonl}
-LIMIT=${LIMIT:-0}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}
 MAX_COST=${MAX_COST:-0}           # dollars, of each of the two; 0 is no limit
 

@@ -73,6 +73,11 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
         raise InputError(f"--limit {limit} and --batch_tokens {batch_tokens} must be 0 or more")
     section = read_templates(templates)
     preferences = read_pairs(pairs, section, seed)[:limit or None]
+    for index, pair in enumerate(preferences):
+        if pair.get("principle") not in (None, *section.judge):
+            raise InputError(f"{pairs}: pair {index}: principle {pair['principle']!r} has no judge "
+                             f"template in {templates}, which has {', '.join(section.judge)}; "
+                             "give --templates that have it, or leave `principle` out")
     if output:
         check_writable(Path(output))
     base = find_base({"pretrained_model_name_or_path": model,

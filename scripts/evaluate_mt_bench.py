@@ -10,24 +10,36 @@ our own, so a score is comparable with others made here, and with published ones
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
 score from 1 to 10 is a failure: left out of the means, counted, and asked again by the next run.
+Results of other inputs are never replaced: they want another --output_dir.
 The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
 
 Cost (estimates): 160 replies judged by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a time.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    read_records,
+    write_json,
+    wrong_field,
+)
 from lm.server import connect
+from lm.stages import refuse_changes
 from lm.tables import paper_rows, table
 from lm.verdicts import FIELD, TEMPLATES
+from scripts.report_results import read
 
 if TYPE_CHECKING:
     from lm.replies import Request
@@ -72,7 +84,12 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     records = read_dialogues(answers)
     if references:
         records = with_references(records, references)
+    known = sum(any(record.get("reference") or []) for record in records)
+    print(f"{known} of {len(records)} questions have a reference")
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
+    inputs = {"benchmark": "mt_bench", "answers": answers, "references": references,
+              "judge_model": judge_model, "template": template}
+    refuse_other_inputs(folder, inputs)
     server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     turns = [(record, turn) for record in records for turn in range(len(record["turns"]))]
     said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
@@ -85,10 +102,8 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     scores = means(judged)
     print(summary(scores, records[0]["generator"]))
     write_json(folder / "results.json", {
-        "benchmark": "mt_bench", "model": records[0]["generator"], "answers": answers,
-        "references": references, "judge_model": judge_model, "base_url": server.base_url,
-        "template": template, "cost_of_this_run": server.budget.cost, "failed": failed,
-        "scores": scores})
+        **inputs, "model": records[0]["generator"], "base_url": server.base_url,
+        "cost_of_this_run": server.budget.cost, "failed": failed, "scores": scores})
     print(f"written: {folder}/results.json")
 
 
@@ -117,30 +132,84 @@ def fill(text: str, **fields: str) -> str:
     return FIELD.sub(lambda match: fields[match[1]], text)
 
 
+def refuse_other_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Stop before results of other inputs would be replaced; a path may be written in many ways."""
+    path = folder / "results.json"
+    if path.is_file():
+        found = read(path)
+        same = {name: value for name, value in inputs.items()
+                if os.path.realpath(str(found.get(name))) == os.path.realpath(value)}
+        refuse_changes(path, {name: found.get(name) for name in inputs} | same, inputs)
+
+
 def read_dialogues(path: str) -> list[Record]:
-    """Answered questions, with as many outputs as turns."""
+    """Answered questions, no number twice, with as many outputs as turns, at least one."""
     records = read_records(path)
     check_fields(records, path, {"question_id": (int, str), "category": (str,), "turns": (list,),
                                  "outputs": (list,), "generator": (str,)}, {"reference": (list,)})
     for index, record in enumerate(records):
-        if len(record["turns"]) != len(record["outputs"]):
+        if not record["turns"] or len(record["turns"]) != len(record["outputs"]):
             raise InputError(f"{path}: record {index}: has {len(record['turns'])} turns and "
                              f"{len(record['outputs'])} outputs; make the answers with "
                              "scripts/generate_dialogues.py")
+        for field in ("turns", "outputs"):
+            check_entries(f"{path}: record {index}", field, record[field], str)
+        check_entries(f"{path}: record {index}", "reference", record.get("reference", []),
+                      str, NoneType)
+    by_question(records, path)
     return records
+
+
+def check_entries(where: str, field: str, entries: object, *kinds: type) -> None:
+    """Stop unless a field is a list of entries of these kinds."""
+    wrong = wrong_field({field: entries}, {field: (list,)})
+    if not wrong:
+        numbered = {f"{field}[{place}]": entry for place, entry in enumerate(entries)}
+        wrong = wrong_field(numbered, dict.fromkeys(numbered, kinds))
+    if wrong:
+        raise InputError(f"{where}: {wrong}")
+
+
+def by_question(records: list[Record], path: str) -> dict[str, Record]:
+    """The records by their question's number or name as text, so that 1 is "1"; none twice."""
+    found: dict[str, Record] = {}
+    for index, record in enumerate(records):
+        name = str(record["question_id"])
+        if name in found:
+            raise InputError(f"{path}: record {index}: field 'question_id' repeats that of an "
+                             "earlier record; keep one of them")
+        found[name] = record
+    return found
 
 
 def with_references(records: list[Record], path: str) -> list[Record]:
     """The records with the references of a file, by question; none where it has none."""
     known = read_records(path)
-    check_fields(known, path, {"question_id": (int, str)}, {"reference": (list,)})
-    try:
-        texts = {record["question_id"]: record["reference"] if "reference" in record else
-                 record["choices"][0]["turns"] for record in known}
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path}: expected records with 'reference', a list of texts, or with "
-                         "'choices', as MT-Bench has them") from error
-    return [{**record, "reference": texts.get(record["question_id"], [])} for record in records]
+    check_fields(known, path, {"question_id": (int, str)})
+    texts = {name: reference_of(record, f"{path}: record {index}")
+             for index, (name, record) in enumerate(by_question(known, path).items())}
+    found = [texts.get(str(record["question_id"]), []) for record in records]
+    if not any(map(any, found)):
+        raise InputError(f"{path}: has no reference to any of these questions (there 'question_id' "
+                         f"{next(iter(texts))!r} ..., here {str(records[0]['question_id'])!r} "
+                         "...); give theirs, or leave --references out (REFERENCES= in the "
+                         "recipe)")
+    return [{**record, "reference": entries}
+            for record, entries in zip(records, found, strict=True)]
+
+
+def reference_of(record: Record, where: str) -> list[str | None]:
+    """A reference a turn: `reference`, or the first of MT-Bench's `choices`."""
+    if "reference" in record:
+        field, entries = "reference", record["reference"]
+    else:
+        try:
+            field, entries = "choices[0].turns", record["choices"][0]["turns"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{where}: expected 'reference', a list of texts, or 'choices', as "
+                             "MT-Bench has them") from error
+    check_entries(where, field, entries, str, NoneType)
+    return entries
 
 
 def question(prompt: Mapping[str, str], record: Record, turn: int) -> list[dict[str, str]]:

@@ -7,7 +7,8 @@
 
 Each benchmark is one `lm_eval run`, with the number of examples in the prompt that the paper
 states. A finished one is kept in OUTPUT_DIR/<name>.json and not run again; its command and all that
-it said are in OUTPUT_DIR/<name>/. No chat template, as is usual for these figures.
+it said are in OUTPUT_DIR/<name>/. Runs with different --tasks of one model may go on side by side,
+each on a GPU. No chat template, as is usual for these figures.
 
 Cost (an estimate, not measured): a 13B model scores about 55 million tokens, three quarters of them
 HellaSwag's: 1 hour on one H100, 3 on one A100; --gpus 8 divides it by about 7. lm-eval needs no
@@ -29,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.models import find_adapter, resolve_model
 from lm.records import InputError, write_json
+from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.generate import fingerprint
+from scripts.report_results import kind_of, read
 
 PAPER_TASKS = "arc_challenge:25:acc_norm,hellaswag:10:acc_norm,mmlu:5:acc,truthfulqa_mc2:0:acc"
 PAPER_MEASURES = ("arc", "hellaswag", "mmlu", "truthfulqa")  # in the same order
@@ -79,13 +82,13 @@ def main(base_model_name_or_path: str = "", peft_model_path: str = "", name: str
                     "adapter": str(adapter or ""), "adapter_weights": fingerprint(adapter),
                     "limit": limit, "dtype": dtype, "model_args": model_args}
         options = harness_options(settings, include_path, batch_size)
-        measured = read_measured(path, settings, overwrite)
         for task in wanted:
-            if str(task) in measured["results"]:
+            there = read_measured(path, settings, overwrite)["results"]
+            if str(task) in there and not overwrite:
                 print(f"{task.name}: measured already")
-                continue
-            measured["results"][str(task)] = measure(task, options, gpus, path.with_suffix(""))
-            write_json(path, measured)
+            else:
+                add(path, settings, overwrite,
+                    {str(task): measure(task, options, gpus, path.with_suffix(""))})
     print("\n".join(summary(Path(output_dir), wanted)))
 
 
@@ -104,15 +107,26 @@ def read_tasks(tasks: str | tuple | list) -> list[Task]:
 
 def read_measured(path: Path, settings: dict, overwrite: bool) -> dict:
     """What the model's file holds; numbers of other settings are an error, never a mixture."""
-    if overwrite or not path.is_file():
-        return {"benchmark": "ranking", "settings": settings, "results": {}}
-    measured = json.loads(path.read_text(encoding="utf-8"))
+    fresh = {"benchmark": "ranking", "settings": settings, "results": {}}
+    if not path.is_file():
+        return fresh
+    if kind_of(path) != "ranking":
+        raise InputError(f"{path}: is no result of this script; give another --name or "
+                         "--output_dir")
+    measured = read(path)
     changed = [f"{key} was {measured['settings'].get(key)!r}, is {value!r}"
                for key, value in settings.items() if measured["settings"].get(key) != value]
-    if changed:
+    if changed and not overwrite:
         raise InputError(f"{path}: was measured with other settings ({'; '.join(changed)}); give "
                          "another --name or --output_dir, or --overwrite")
-    return measured
+    return fresh if changed else measured
+
+
+def add(path: Path, settings: dict, overwrite: bool, results: dict[str, dict]) -> None:
+    """Put results into the model's file, beside what other runs have put there meanwhile."""
+    with locked(path.with_suffix("")):
+        measured = read_measured(path, settings, overwrite)
+        write_json(path, {**measured, "results": measured["results"] | results})
 
 
 def harness_options(settings: dict, include_path: str, batch_size: int | str) -> list[str]:
@@ -176,7 +190,9 @@ def summary(folder: Path, tasks: list[Task]) -> list[str]:
     """A row for each model in the folder, then the paper's; what is not measured is `missing`."""
     rows, limited = [], []
     for path in sorted(folder.glob("*.json")):
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        if kind_of(path) != "ranking":
+            continue
+        measured = read(path)
         limit = measured["settings"]["limit"]
         limited += [f"{path.stem}: only the first {limit} questions of each task"] if limit else []
         rows.append([path.stem, *(cell(measured["results"].get(str(task))) for task in tasks)])

@@ -69,11 +69,12 @@ def main(data_path: str, outputs: str | tuple | list = (), base_model_name_or_pa
     answers = {path.strip(): read_summaries(path.strip(), prompts) for path in paths}
     results = {path: score(texts, references, stemmer) for path, texts in answers.items()}
     left_out = references.count(None)
-    print(summary(results), f"{len(records) - left_out} records, {left_out} without a reference; "
+    scored = len(records) - left_out
+    print(summary(results), f"{scored} records, {left_out} without a reference left out; "
           "F-measure in per cent [95 % bootstrap interval]", sep="\n")
     if output:
         write_json(output, {"benchmark": "summarization", "data_path": data_path,
-                            "records": len(records), "stemmer": stemmer,
+                            "records": scored, "stemmer": stemmer,
                             "without_reference": left_out, "models": results})
         print(f"written: {output}")
 
@@ -84,7 +85,7 @@ def reference_texts(records: list[Record], source: str) -> list[str | None]:
     check_fields(records, source, {"output": (str,), "judgment": text},
                  {"ref": text, "i_ans": text})
     faultless = [record["output"] if record["judgment"] is None else None for record in records]
-    references = [record.get("ref") or record.get("i_ans") or good
+    references = [record.get("ref") or record.get("i_ans") or good or None
                   for record, good in zip(records, faultless, strict=True)]
     if not any(references):
         raise InputError(f"{source}: no record has a reference: `ref`, `i_ans`, or an output whose "

@@ -9,8 +9,9 @@ loses it likewise; all else is a tie. The win rate counts a tie one half. The ju
 (configs/templates/vicuna.yaml) and this rule are our choice: the papers state neither.
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
-verdict is a failure: its question is left out, counted, and asked again by the next run. The key
-comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
+verdict is a failure: its question is left out, counted, and asked again by the next run. Results of
+other inputs are never replaced: they want another --output_dir. The key comes from OPENAI_API_KEY,
+the server from --base_url or OPENAI_BASE_URL.
 
 Cost (estimates): 80 questions judged twice by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a
 time.
@@ -28,7 +29,15 @@ from lm.records import InputError, Record, write_json
 from lm.server import connect
 from lm.shares import Share, wilson
 from lm.tables import paper_rows, table
-from scripts.evaluate_mt_bench import ask, fill, load_prompt, read_dialogues, report_failed
+from scripts.evaluate_mt_bench import (
+    ask,
+    by_question,
+    fill,
+    load_prompt,
+    read_dialogues,
+    refuse_other_inputs,
+    report_failed,
+)
 
 VERDICT = re.compile(r"^\W*verdict[\s:*_=]+(A|B|tie)[.*_\s]*$", re.IGNORECASE | re.MULTILINE)
 FIELDS = {"system": set(), "user": {"question", "first", "second"}}
@@ -69,6 +78,9 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
     prompt = load_prompt(template, FIELDS)
     pairs = read_pairs(answers, baseline)
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
+    inputs = {"benchmark": "vicuna", "answers": answers, "baseline_answers": baseline,
+              "judge_model": judge_model, "template": template}
+    refuse_other_inputs(folder, inputs)
     server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     orders = [(pair, shown_first) for pair in pairs for shown_first in ("model", "baseline")]
     said = ask(server, [Request(question(prompt, *order), max_new_tokens, temperature)
@@ -82,19 +94,18 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
     names = [pairs[0][side]["generator"] for side in (0, 1)]
     print(summary(shares, *names, undecided))
     write_json(folder / "results.json", {
-        "benchmark": "vicuna", "model": names[0], "baseline": names[1], "answers": answers,
-        "baseline_answers": baseline, "judge_model": judge_model, "base_url": server.base_url,
-        "template": template, "cost_of_this_run": server.budget.cost, "failed": failed,
-        "undecided": undecided, "shares": {name: asdict(share) for name, share in shares.items()}})
+        **inputs, "model": names[0], "baseline": names[1], "base_url": server.base_url,
+        "cost_of_this_run": server.budget.cost, "failed": failed, "undecided": undecided,
+        "shares": {name: asdict(share) for name, share in shares.items()}})
     print(f"written: {folder}/results.json")
 
 
 def read_pairs(answers: str, baseline: str) -> list[tuple[Record, Record]]:
     """The model's and the baseline's answer to each question of the model."""
-    theirs = {record["question_id"]: record for record in read_dialogues(baseline)}
+    theirs = by_question(read_dialogues(baseline), baseline)
     pairs = []
     for index, mine in enumerate(read_dialogues(answers)):
-        other = theirs.get(mine["question_id"], {"turns": [None]})
+        other = theirs.get(str(mine["question_id"]), {"turns": [None]})
         if other["turns"][0] != mine["turns"][0]:
             raise InputError(f"{answers}: record {index}: {baseline} has no answer to this "
                              "question; generate both from the same file")

@@ -92,6 +92,13 @@ def test_a_win_rate_without_many_of_its_pairs_is_no_success(tmp_path, capsys):
     main(annotations=path, max_undecided=0.12)
 
 
+def test_a_limit_holds_for_annotations_too(tmp_path):
+    path = write(tmp_path / "annotations.json", [{"preference": 2.0}] * 3 + [{"preference": 1.0}])
+    main(annotations=path, output_dir=str(tmp_path / "out"), limit=3)
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["n_total"], result["win_rate"]) == (3, 100)
+
+
 @pytest.mark.parametrize("value", [3, -1, 0.5, "2"])
 def test_other_preferences_are_an_error(tmp_path, value):
     path = write(tmp_path / "a.json", [{"preference": 2}, {"preference": value}])
@@ -137,6 +144,21 @@ def test_end_to_end_with_resume(files, tmp_path, capsys):
     assert {key: counted[key] for key in again if key != "annotations"} == {
         key: value for key, value in again.items() if key != "annotations"}
     assert counted["n_undecided"] == 2
+
+
+def test_another_reference_needs_another_folder(files, tmp_path):
+    other = answers(tmp_path / "other.json", ["BAD"] * len(FATES), "other")
+    with FaultServer(answer=ranks) as server:
+        common = arguments(files, server, tmp_path, limit=2)
+        main(**common)
+        before = (tmp_path / "out" / "results.json").read_text()
+        with pytest.raises(InputError, match=r"reference_outputs was .*other\.json.*--output_dir"):
+            main(**{**common, "reference_outputs": other})
+        with pytest.raises(InputError, match="annotations was None"):
+            main(annotations=str(tmp_path / "out/annotations.json"),
+                 output_dir=str(tmp_path / "out"))
+        assert (tmp_path / "out" / "results.json").read_text() == before
+        assert len(server.asked) == 2
 
 
 def test_all_unreadable_is_one_clear_line(files, tmp_path):
@@ -214,6 +236,7 @@ def test_reference_may_be_a_file_of_annotations(files, tmp_path):
     ({}, "give either --model_outputs"),
     ({"model_outputs": "a.json", "annotations": "b.json"}, "give either --model_outputs"),
     ({"annotations": "none.json", "max_undecided": 2.0}, "expected a share"),
+    ({"annotations": "none.json", "limit": -1}, "--limit is -1"),
     ({"annotations": "none.json"}, r"none\.json: no such file"),
 ])
 def test_bad_flags(flags, message):

@@ -90,10 +90,11 @@ def test_reports_what_the_judge_says(model, tmp_path, capsys):
     assert "accuracy by principle" in printed
 
 
-def test_an_unknown_principle_is_told_before_anything_is_judged(model, tmp_path):
-    pairs = write(tmp_path / "pairs.jsonl", {**OWN, "principle": "honestly"})
-    with pytest.raises(InputError, match="pair 0: principle 'honestly' has no judge template"):
-        evaluate_judge.main(model, pairs, templates=PRINCIPLES)
+def test_an_unknown_principle_is_told_before_a_model_is_looked_for(tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", OWN, {**OWN, "principle": "honestly"})
+    with pytest.raises(InputError, match=r"pairs\.jsonl: pair 1: principle 'honestly' has no judge "
+                                         rf"template in {PRINCIPLES}, .*honesty.*--templates"):
+        evaluate_judge.main("./none", pairs, templates=PRINCIPLES)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_judged(model, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from fault_server import FaultServer
 
 from lm.records import InputError
-from scripts import generate_dialogues
+from scripts import evaluate_vicuna, generate_dialogues
 from scripts.evaluate_mt_bench import FIELDS, load_prompt, main, mean, means, question, read_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,8 +129,8 @@ def test_the_table_stands_beside_the_papers(flags, capsys):
 
 @pytest.mark.parametrize("record", [
     {"question_id": 2, "reference": ["Other {x}.", "Two."]},
-    {"question_id": 2, "choices": [{"turns": ["Other {x}.", "Two."]}]}])
-def test_references_of_a_file(flags, tmp_path, record):
+    {"question_id": "2", "choices": [{"turns": ["Other {x}.", "Two."]}]}])
+def test_references_of_a_file(flags, tmp_path, record, capsys):
     path = tmp_path / "references.jsonl"
     path.write_text(json.dumps(record))
     with FaultServer(answer=score) as server:
@@ -138,9 +138,54 @@ def test_references_of_a_file(flags, tmp_path, record):
     asked = {text for text in server.asked if "correct answer" in text}
     assert len(asked) == 2 and all("Other {x}." in text for text in asked)
     assert sum("Two." in text for text in asked) == 1
-    path.write_text(json.dumps({"question_id": 2, "choices": []}))
-    with pytest.raises(InputError, match=r"references\.jsonl: expected records with 'reference'"):
-        main(**flags, base_url=server.url, references=str(path))
+    assert "1 of 3 questions have a reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("records", "message"), [
+    ([{"question_id": 2, "choices": []}], "record 0: expected 'reference', a list of texts"),
+    ([{"question_id": 2, "reference": ["x"]}, {"question_id": 3, "reference": [7]}],
+     r"record 1: field 'reference\[0\]' is a number; expected text"),
+    ([{"question_id": 2, "choices": [{"turns": "x"}]}],
+     r"record 0: field 'choices\[0\].turns' is text; expected a list"),
+    ([{"question_id": 2, "reference": ["x"]}] * 2, "record 1: field 'question_id' repeats"),
+    ([{"question_id": 7, "reference": ["x"]}, {"question_id": 2, "reference": [""]}],
+     "no reference to any of these questions .*there 'question_id' '7' ..., here '1'"),
+])
+def test_references_that_could_not_be_used_are_an_error(flags, tmp_path, records, message):
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(InputError, match=rf"references\.json: .*{message}"):
+        main(**flags, base_url="http://localhost:1/v1", references=str(path))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"outputs": ["x", None]}, r"record 1: field 'outputs\[1\]' is null; expected text"),
+    ({"turns": [1, "x"]}, r"record 1: field 'turns\[0\]' is a number; expected text"),
+    ({"reference": [3]}, r"record 1: field 'reference\[0\]' is a number; expected text"),
+    ({"question_id": "1"}, "record 1: field 'question_id' repeats that of an earlier record"),
+    ({"turns": [], "outputs": []}, "record 1: has 0 turns and 0 outputs")])
+def test_answers_that_could_not_be_judged_are_an_error(flags, change, message):
+    Path(flags["answers"]).write_text(json.dumps([ANSWERS[0], {**ANSWERS[1], **change}]))
+    with pytest.raises(InputError, match=rf"mt_bench\.json: {message}"):
+        main(**flags, base_url="http://localhost:1/v1")
+
+
+def test_results_of_other_inputs_are_not_replaced(flags, tmp_path):
+    """Nor those of another benchmark in the same folder; the same path may be written otherwise."""
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps([{"question_id": "2", "reference": ["Two."]}]))
+    with FaultServer(answer=score) as server:
+        main(**flags, base_url=server.url)
+        path = tmp_path / "mt_bench/some_judge/results.json"
+        before = path.read_text()
+        with pytest.raises(InputError, match=r"results\.json: .*references was '', .*--output_dir"):
+            main(**flags, base_url=server.url, references=str(references))
+        with pytest.raises(InputError, match="benchmark was 'mt_bench', is 'vicuna'"):
+            evaluate_vicuna.main(**flags, baseline=flags["answers"], base_url=server.url)
+        assert path.read_text() == before and len(server.asked) == 6
+        main(**{**flags, "answers": os.path.relpath(flags["answers"])}, base_url=server.url)
+        main(**flags, base_url=server.url, references=str(references),
+             output_dir=str(tmp_path / "other"))
 
 
 def test_bad_input_is_one_line(flags, tmp_path, run_cli):

@@ -4,13 +4,15 @@
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from lm.records import InputError
-from scripts.evaluate_ranking import PAPER_TASKS, Task, read_score, read_tasks, summary
+from scripts import evaluate_ranking
+from scripts.evaluate_ranking import PAPER_TASKS, Task, add, read_score, read_tasks, summary
 
 SCRIPT = "scripts/evaluate_ranking.py"
 QUESTIONS = [{"question": f"Name {word}.", "choices": ["Red, green and blue.", other, "the cat"],
@@ -133,10 +135,52 @@ def test_wrong_flags_are_one_line(run_cli, arguments, message):
 
 def test_other_settings_are_never_mixed(run_cli, tiny_llama, tmp_path):
     settings = {"model": str(tiny_llama), "limit": 10, "dtype": "auto", "model_args": ""}
-    (tmp_path / "base.json").write_text(json.dumps({"settings": settings, "results": {}}))
+    (tmp_path / "base.json").write_text(json.dumps({
+        "benchmark": "ranking", "settings": settings, "results": {}}))
     result = run_cli(SCRIPT, "--base_model_name_or_path", tiny_llama, "--name", "base",
                      "--output_dir", tmp_path)
     assert result.returncode == 2 and "limit was 10, is 0" in result.stderr
+
+
+SCORE = {"score": 50.0, "standard_error": None}
+
+
+def test_runs_of_one_model_at_the_same_time_keep_each_others_results(tiny_llama, tmp_path,
+                                                                    monkeypatch):
+    """One benchmark a GPU: the other one begins and ends while the first is under way."""
+    def measure(task: Task, *_) -> dict:
+        if task.name == "slow":
+            evaluate_ranking.main(**flags, tasks="quick:0:acc")
+        measured.append(task.name)
+        return SCORE
+
+    flags = {"base_model_name_or_path": str(tiny_llama), "name": "m", "output_dir": str(tmp_path)}
+    measured: list[str] = []
+    monkeypatch.setattr(evaluate_ranking, "measure", measure)
+    evaluate_ranking.main(**flags, tasks="slow:0:acc,quick:0:acc")
+    assert measured == ["quick", "slow"]  # nothing twice
+    assert set(json.loads((tmp_path / "m.json").read_text())["results"]) == {
+        "slow:0:acc", "quick:0:acc"}
+    evaluate_ranking.main(**flags, tasks="quick:0:acc", overwrite=True)
+    assert measured[2:] == ["quick"]
+    evaluate_ranking.main(**flags, tasks="quick:0:acc", overwrite=True, limit=3)
+    assert set(json.loads((tmp_path / "m.json").read_text())["results"]) == {"quick:0:acc"}
+
+
+def test_results_that_come_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: add(tmp_path / "m.json", {}, False, {f"t{number}": SCORE}),
+                      range(48)))
+    assert len(json.loads((tmp_path / "m.json").read_text())["results"]) == 48
+
+
+def test_other_files_of_the_folder_are_no_results(tmp_path):
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "other.json").write_text('{"benchmark": "judge", "metrics": {}}')
+    shown = summary(tmp_path, read_tasks(PAPER_TASKS))[0]
+    assert "list" not in shown and "other" not in shown and "paper: " in shown
+    with pytest.raises(InputError, match=r"list\.json: is no result of this script; give another"):
+        add(tmp_path / "list.json", {}, True, {"t": SCORE})
 
 
 def test_the_papers_tasks_are_the_harness_own():
@@ -166,7 +210,8 @@ def test_scores_are_read_in_per_cent():
 def test_missing_numbers_are_shown_as_missing_beside_the_papers(tmp_path):
     result = {"score": 58.123, "standard_error": 1.44}
     (tmp_path / "mine.json").write_text(json.dumps(
-        {"settings": {"limit": 7}, "results": {"arc_challenge:25:acc_norm": result}}))
+        {"benchmark": "ranking", "settings": {"limit": 7},
+         "results": {"arc_challenge:25:acc_norm": result}}))
     lines = "\n".join(summary(tmp_path, read_tasks(PAPER_TASKS))).split("\n")
     assert lines[2].split() == ["mine", "58.12", "±", "1.44", "missing", "missing", "missing"]
     assert lines[-1] == "mine: only the first 7 questions of each task"

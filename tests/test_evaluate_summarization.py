@@ -47,7 +47,8 @@ def answers(tmp_path):
 
 def test_references_are_the_corrected_or_the_faultless_answers():
     assert reference_texts(RECORDS, "r") == ["the cat sat there", "a quick brown fox", None]
-    assert reference_texts([{**RECORDS[0], "ref": "mine"}], "r") == ["mine"]
+    assert reference_texts([{**RECORDS[0], "ref": "mine"}, {**RECORDS[1], "output": ""}], "r") == [
+        "mine", None]
     with pytest.raises(InputError, match="no record has a reference"):
         reference_texts(RECORDS[2:], "r")
     with pytest.raises(InputError, match="record 0: field 'judgment' is missing"):
@@ -101,9 +102,10 @@ def test_from_a_file_of_summaries(run_cli, data, answers, tmp_path):
                    "--output", tmp_path / "rouge.json")
     assert done.returncode == 0, done.stderr
     assert "83.33 [66.67, 100.00]" in done.stdout
-    assert "2 records, 1 without a reference" in done.stdout
+    assert "2 records, 1 without a reference left out" in done.stdout
     saved = json.loads((tmp_path / "rouge.json").read_text())
-    assert saved["models"][answers]["rouge2"]["mean"] == 75 and saved["without_reference"] == 1
+    assert saved["models"][answers]["rouge2"]["mean"] == 75
+    assert (saved["records"], saved["without_reference"]) == (2, 1)
 
 
 def test_generation_included_and_done_once(run_cli, tiny_llama, data, tmp_path):

@@ -11,7 +11,7 @@ from fault_server import FaultServer
 
 from lm.records import InputError
 from lm.shares import wilson
-from scripts.evaluate_vicuna import main, outcome, read_verdict
+from scripts.evaluate_vicuna import main, outcome, read_pairs, read_verdict
 
 # What the judge thinks of each question: of the answers, or of the place where they stand.
 FATES = ("better", "better", "worse", "tie", "first", "better")
@@ -88,6 +88,27 @@ def test_a_pair_that_lacks_a_verdict_is_left_out_and_asked_again(flags, tmp_path
     assert (results["failed"], results["undecided"]) == (0, 0)
     judged = json.loads((tmp_path / "vicuna/judge/judgments.json").read_text())
     assert [entry["verdict"] for entry in judged[4:6]] == ["loss", "loss"]
+
+
+def test_another_baseline_needs_another_folder(flags, tmp_path):
+    other = write(tmp_path / "other.json", "other", ["SFT, too"] * len(FATES))
+    with FaultServer(answer=verdict) as server:
+        main(**flags, base_url=server.url)
+        results = tmp_path / "vicuna/judge/results.json"
+        before = results.read_text()
+        with pytest.raises(InputError, match=r"baseline_answers was .*other\.json.*--output_dir"):
+            main(**{**flags, "baseline": other}, base_url=server.url)
+        assert results.read_text() == before and len(server.asked) == 12
+        main(**{**flags, "baseline": other}, base_url=server.url,
+             output_dir=str(tmp_path / "second"))
+    assert json.loads((tmp_path / "second/results.json").read_text())["baseline"] == "other"
+
+
+def test_numbers_of_questions_are_compared_as_text(flags, tmp_path):
+    baseline = json.loads((tmp_path / "sft.json").read_text())
+    (tmp_path / "sft.json").write_text(json.dumps(
+        [{**record, "question_id": str(record["question_id"])} for record in baseline]))
+    assert len(read_pairs(flags["answers"], flags["baseline"])) == len(FATES)
 
 
 def test_answers_to_other_questions_are_an_error(flags, tmp_path):

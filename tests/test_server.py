@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import diskcache
+import fault_server
 import pytest
 from fault_server import HANG, FaultServer
 
@@ -176,6 +177,32 @@ def test_a_message_is_cut_outside_the_key(length, monkeypatch):
     with FaultServer({"Q0.": ["400!"]}) as server:
         reply = dict(client_of(server).ask(questions(1)))[0]
     assert "[key]" in reply.error and "0123" not in reply.error
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", " "])
+def test_a_line_end_on_the_key_is_dropped(end, monkeypatch):
+    """As Windows' .env files leave one; a header cannot hold it."""
+    monkeypatch.setenv("OPENAI_API_KEY", f"sk-secret{end}")
+    with FaultServer(answer=echo) as server:
+        assert dict(client_of(server).ask(questions(1)))[0].text == "answer to Q0."
+    assert server.keys == {"Bearer sk-secret"}
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-sec ret", "sk-sec\rret"])
+def test_a_key_that_no_header_can_hold_is_one_line_without_it(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match=r"OPENAI_API_KEY has a space.* export") as error:
+        Server("m", "http://127.0.0.1:9/v1")
+    assert "sk-s" not in str(error.value)
+
+
+def test_a_key_is_hidden_as_python_writes_it_too(monkeypatch):
+    """Of a body that is no answer the error shows the start, with two backslashes for one."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-back\\slash-secret")
+    monkeypatch.setattr(fault_server, "_completion", lambda *_: b"for sk-back\\slash-secret")
+    with FaultServer() as server:
+        reply = dict(client_of(server, attempts=1).ask(questions(1)))[0]
+    assert reply.error == "broken reply 'for [key]'"
 
 
 def test_the_hosted_service_needs_a_key(monkeypatch):
