@@ -9,13 +9,14 @@ from trl import DPOTrainer
 from cut.data import Rows
 from cut.trainer import FiniteGradients
 from lm.fused_head import score_responses_only
+from lm.precision import FullPrecision
 from lm.runs import WholeCheckpoints
 
 # trl's metrics that would need the full logits, which are never made: zeros here.
 NOT_MEASURED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
-class PairTrainer(WholeCheckpoints, DPOTrainer):
+class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
     """`train_dataset` and `eval_dataset` are `Rows`: the chosen response, and the rejected one.
 
     The reference is the model as it comes: without its adapter, which must be new, or else the

@@ -61,8 +61,8 @@ def check(flags: dict) -> SimpleNamespace:
                          "use bf16 or fp32")
     quantized = settings.load_in in ("8bit", "4bit") or (
         settings.load_in == "auto" and torch.cuda.is_available() and not settings.full_finetune)
-    if quantized and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise InputError("FSDP cannot shard 8-bit and 4-bit weights; add --load_in bf16")
+    if quantized and models.shards_weights():
+        raise InputError("FSDP and ZeRO-3 cannot shard 8-bit and 4-bit weights; add --load_in bf16")
     if settings.as_in_paper and not settings.gamma:
         settings.gamma = 1.0
     settings.without = left_out(settings.objective, settings.without, settings.gamma)

@@ -46,15 +46,18 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
         found.append(score_tokens(hidden[before], targets, head, logit_transform(model)))
         return (hidden[:, -1:], *arguments[1:])
 
-    hook = output_head(model).register_forward_pre_hook(score)
+    head = output_head(model)
+    hook = head.register_forward_pre_hook(score)
     try:
         logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
-    if not logits.requires_grad or is_frozen(output_head(model)):
+    by_zero3 = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    if not logits.requires_grad or (is_frozen(head) and not by_zero3):
         return found[0]
     # ZeRO-3 and FSDP gather a head's weights again for the backward pass only if the head's own
-    # output takes part in it. An empty part: nothing is added, not even a NaN of another row.
+    # output takes part in it; ZeRO-3 asks that of a frozen head too. An empty part: nothing is
+    # added, not even a NaN of another row.
     return found[0] + logits[:0].sum()
 
 

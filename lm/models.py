@@ -141,15 +141,27 @@ def is_quantized(model: "PreTrainedModel") -> bool:
     return getattr(model, "is_quantized", False)  # transformers sets it on quantized models only
 
 
+def shards_weights() -> bool:
+    """Whether accelerate was launched to shard the weights themselves, by FSDP or ZeRO-3."""
+    def told(name: str) -> str:
+        return os.environ.get(f"ACCELERATE_{name}", "").lower()
+
+    return told("USE_FSDP") == "true" or (told("USE_DEEPSPEED") == "true"
+                                          and told("DEEPSPEED_ZERO_STAGE") == "3")
+
+
 def output_head(model: "Module") -> "Module":
     """The module that turns hidden states into logits, through any wrappers."""
     return unwrapped(model).get_output_embeddings()
 
 
 def unwrapped(model: "Module") -> "Module":
-    """The Hugging Face model inside DDP, DeepSpeed and compile wrappers (peft forwards calls)."""
-    while not hasattr(model, "get_output_embeddings"):
-        model = model.module
+    """The Hugging Face model inside DDP and DeepSpeed wrappers (peft and compile forward calls).
+
+    DeepSpeed forwards some too, but its `config` is its own.
+    """
+    while "module" in model._modules:
+        model = model._modules["module"]
     return model
 
 

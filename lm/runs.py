@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,8 @@ class Finished(SystemExit):
 def world_size(**options) -> int:
     """Processes that work together; stops when a launcher started some that do not.
 
-    The options are those of torch's `init_process_group`, such as its timeout.
+    The options are those of torch's `init_process_group`. The time that one waits for another is
+    half an hour, as transformers' `ddp_timeout`, which comes too late to be heeded.
     """
     import torch
     from accelerate import PartialState
@@ -51,6 +53,7 @@ def world_size(**options) -> int:
     if launched > 1 and missing:
         raise InputError(f"WORLD_SIZE is {launched}, but {', '.join(missing)} not set, so each "
                          "process would work alone; use torchrun --nproc_per_node=N")
+    options = {"timeout": timedelta(seconds=1800)} | options
     state = PartialState(cpu=not torch.cuda.is_available(), **options)
     if state.num_processes != launched:
         raise InputError(f"launched as {launched} processes, but each would work alone; on CPUs "

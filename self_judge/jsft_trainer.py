@@ -27,6 +27,7 @@ from trl import SFTTrainer
 from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
 from lm.parts import InParts
+from lm.precision import FullPrecision
 from lm.records import InputError
 from lm.repeats import present_rows, present_rows_of_evaluation
 from lm.runs import WholeCheckpoints
@@ -38,7 +39,7 @@ KINDS = ("sft", "judgment")
 UNPADDED = "flash_attention_2"  # attention that finds the rows' bounds by their positions
 
 
-class JsftTrainer(WholeCheckpoints, InParts, SFTTrainer):
+class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
     """trl's `SFTTrainer` on rows of answers and of judgments.
 
     Args:
@@ -190,7 +191,8 @@ class Collator:
         """Ids, attention mask, labels and `judged`, all (B, T)."""
         batch = self.collate(rows)
         judged = torch.tensor([row.get("kind") == "judgment" for row in rows])
-        return batch | {"judged": judged[:, None].expand_as(batch["labels"])}
+        judged = judged[:, None].repeat(1, batch["labels"].shape[1])  # a view cannot be pinned
+        return batch | {"judged": judged}
 
 
 class Sums:

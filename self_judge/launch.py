@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,8 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
     Tells the processes that train together, and what was read otherwise than it was written.
     `defaults` can be set in `training_args`, what is `fixed` cannot.
     """
-    runs.world_size()
+    seconds = config.training_args.get("ddp_timeout")
+    runs.world_size(**({"timeout": timedelta(seconds=seconds)} if isinstance(seconds, int) else {}))
     options = {name: value for name, value in config.training_args.items()
                if name != "resume_from_checkpoint"}
     own = f"{config.kind}_args"

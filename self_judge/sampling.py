@@ -5,15 +5,19 @@ seed, step and the prompt's key, not from its batch, its process or a restart.
 
 `{"engine": "vllm_server", "server_base_url": "http://host:8000"}` and `{"engine": "vllm_colocate",
 "gpu_memory_utilization": 0.3}` sample with vLLM; the other keys are those of trl's
-`VLLMGeneration`, which also brings the policy's weights there before each step. Its requests take
-no seed of their own, so its samples are not repeated by a run that is continued. vLLM needs a
-machine of its own kind, and no test runs it: what is tested is what goes into it and what comes
-out.
+`VLLMGeneration`, which also brings the policy's weights there before each step; how its server is
+started, trl's `vllm_client.py` says (`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
+--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs
+-1`). Its requests take no seed of their own, so its samples are not repeated by a run that is
+continued. vLLM needs a machine of its own kind, and no test runs it: what is tested is what goes
+into it and what comes out.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from trl.import_utils import is_vllm_available
@@ -102,6 +106,11 @@ class VllmEngine:
     def __init__(self, trainer, settings: Sampling, max_length: int):
         from trl.generation.vllm_generation import VLLMGeneration
 
+        folder = Path(trainer.model.name_or_path)
+        if settings.engine == "vllm_colocate" and (folder / "adapter_config.json").is_file():
+            raise InputError(f"generation engine vllm_colocate loads {folder}, which is an adapter "
+                             f"without its base; write the merged model with `python merge.py "
+                             f"--peft_model_path {folder}` and name that, or use vllm_server")
         self.trainer = trainer
         self.vllm = VLLMGeneration(
             trainer.model, trainer.accelerator, trainer.processing_class,
@@ -112,9 +121,28 @@ class VllmEngine:
     def responses(self, prompts: Mapping[int, list[int]], seed: str) -> dict[int, Response]:
         """Responses by the prompts' keys; the two of a query stand next to each other."""
         tokenizer = self.trainer.processing_class
-        self.vllm.sync_weights()
+        with unchanged_base(self.trainer.model):
+            self.vllm.sync_weights()
         _, completions, *_ = self.vllm.generate(list(prompts.values()), images=None,
                                                 num_generations=2)
         stops = stop_ids(self.trainer.accelerator.unwrap_model(self.trainer.model), tokenizer)
         return {key: response_of(tokenizer, list(ids), stops)
                 for key, ids in zip(prompts, completions, strict=True)}
+
+
+@contextlib.contextmanager
+def unchanged_base(model: torch.nn.Module) -> Iterator[None]:
+    """Give the weights below an adapter back as they were.
+
+    To send the policy, trl adds the adapter to them and takes it away again: in bf16 that rounds
+    every time, and they are the frozen reference and judge.
+    """
+    weights = [parameter for name, parameter in model.named_parameters()
+               if ".base_layer." in name and parameter.is_floating_point()]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)

@@ -43,6 +43,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from lm.fused_head import score_responses_only
 from lm.parts import InParts
+from lm.precision import FullPrecision
 from lm.records import InputError
 from lm.repeats import present_rows_of_evaluation
 from lm.runs import WholeCheckpoints
@@ -72,7 +73,7 @@ from self_judge.pairs import Comparison
 from self_judge.sampling import HuggingFaceEngine, VllmEngine, sampling_of
 
 
-class SelfJudgeTrainer(WholeCheckpoints, OnPolicy, InParts, DPOTrainer):
+class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTrainer):
     """trl's `DPOTrainer` on pairs that the policy samples and the reference judges.
 
     Args:

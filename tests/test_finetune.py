@@ -15,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,6 +446,16 @@ def test_as_in_paper_adds_where_the_released_code_averages(as_in_paper, train, t
     assert step["loss"] == pytest.approx(total if as_in_paper else total / 2, rel=1e-5)
     gamma = json.loads((result.folder / "run.json").read_text())["settings"]["gamma"]
     assert gamma == (1 if as_in_paper else 0)
+
+
+@pytest.mark.parametrize(("told", "seconds"), [({}, 1800), ({"timeout": timedelta(hours=2)}, 7200)])
+def test_processes_wait_half_an_hour_for_each_other_or_as_told(told, seconds, monkeypatch):
+    """torch's own default for GPUs, ten minutes, is less than writing a large model may take."""
+    noted = {}
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: noted.update(options) or
+                        SimpleNamespace(num_processes=1, is_main_process=False))
+    assert runs.world_size(**told) == 1
+    assert noted["timeout"].total_seconds() == seconds
 
 
 def test_run_record(train, data):

@@ -115,6 +115,41 @@ def test_equals_the_full_logits_in_values_and_gradients(name, prepare, chunk, mo
     assert_as_naive(prepare(name))
 
 
+class Engine(torch.nn.Module):
+    """As DeepSpeed's: its `config` is its own, other names are looked for in the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module, self.config = model, {"train_batch_size": 8}
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("prepare", [with_lora, tiny])
+def test_deepspeeds_wrapper_is_looked_through(prepare):
+    assert_as_naive(Engine(prepare("granite")))
+
+
+def test_zero3_sees_a_frozen_heads_backward_pass():
+    """It gathers the weights when the head's output gets a gradient; marked by `ds_id`."""
+    model, seen = with_lora("llama"), []
+    head = output_head(model)
+    head.register_full_backward_hook(lambda *_: seen.append(True))
+    gradients(model, supervised_log_probs(model, *batch()))
+    assert not seen
+    head.weight.ds_id = 0
+    gradients(model, supervised_log_probs(model, *batch()))
+    assert seen == [True]
+    assert_as_naive(model)
+
+
 @pytest.mark.parametrize(("apart", "passes"), [(32, [(3, 12)]), (2, [(1, 12), (2, 9)]),
                                                (0, [(1, 12), (1, 9), (1, 7)])])
 def test_rows_of_like_length_are_run_together(apart, passes, monkeypatch):

@@ -35,7 +35,7 @@ from self_judge import on_policy
 from self_judge.inputs import training_arguments
 from self_judge.metrics import PER_PAIR
 from self_judge.pairs import part_of
-from self_judge.sampling import sampling_of
+from self_judge.sampling import sampling_of, unchanged_base
 from self_judge.trainer import PeftSavingCallback, SelfJudgeTrainer
 
 TEMPLATE = "{context}\nResponse A: {response_a}\nResponse B: {response_b}\nThe better response is"
@@ -695,6 +695,31 @@ def test_vllm_gets_the_settings_and_its_ids_are_trained_on(make, script, monkeyp
     assert log[0]["response_cut_rate"] == 0.5
     lengths = [log[0]["response_length/chosen"], log[0]["response_length/rejected"]]
     assert sum(lengths) == 13
+
+
+def test_sending_the_policy_leaves_the_base_as_it_was(make):
+    """As trl sends it; in bf16, adding the adapter and taking it away again rounds."""
+    model = make().model.to(torch.bfloat16)
+    adapted = [module for module in model.modules() if hasattr(module, "base_layer")]
+    for module in adapted:
+        torch.nn.init.normal_(module.lora_B["default"].weight)
+    before = [module.base_layer.weight.clone() for module in adapted]
+    with unchanged_base(model):
+        model.merge_adapter()
+        model.unmerge_adapter()
+        sent = [module.base_layer.weight.clone() for module in adapted]
+    assert not all(map(torch.equal, sent, before))
+    assert before and all(torch.equal(module.base_layer.weight, old)
+                          for module, old in zip(adapted, before, strict=True))
+
+
+def test_vllm_in_process_cannot_load_an_adapters_folder(make, tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setattr("self_judge.sampling.is_vllm_available", lambda: True)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.name_or_path = str(tmp_path)  # as load_base leaves it
+    with pytest.raises(InputError, match=r"vllm_colocate loads .* is an adapter.*merge\.py"):
+        make(model=model, generation={"engine": "vllm_colocate"})
 
 
 def test_settings_of_the_sampling_engine():

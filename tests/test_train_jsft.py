@@ -303,3 +303,12 @@ def test_without_records_for_evaluation_it_trains_and_says_so(train):
                     "training_args.max_steps": 1})
     assert result.code == 0
     assert "note: the dataset has no records for evaluation" in result.out
+
+
+def test_batches_can_be_pinned(tiny_llama):
+    """As the loader does on a GPU, with tensors that own their memory."""
+    rows = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "kind": "judgment"},
+            {"input_ids": [5, 6], "completion_mask": [0, 1], "kind": "answer"}]
+    batch = jsft_trainer.Collator(load_tokenizer(str(tiny_llama)))(rows)
+    assert all(tensor.is_contiguous() for tensor in batch.values())
+    assert batch["judged"].tolist() == [[True] * 3, [False] * 3]

@@ -1,0 +1,91 @@
+"""Scores and adapters that stay in fp32 where accelerate and trl would round them to bf16.
+
+    python -m pytest tests/test_precision.py
+
+FSDP2 is real, on two processes over gloo; only the look for a GPU is replaced, without which
+accelerate refuses to shard.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from training_runs import TORCHRUN, adapter, history, in_this_process, losses, write_records
+
+import finetune_unlikelihood
+
+RECORDS = [{"instruction": f"Say {word}.", "output": f"the {word} " * (3 + place % 4),
+            "judgment": None, "score": place % 5}
+           for place, word in enumerate(["cat", "dog", "mat"] * 6)]
+JUDGED = [{**record, "score": None, "judgment": "It is no answer." if place % 2 else None}
+          for place, record in enumerate(RECORDS)]
+SHARDED = """
+import sys
+import torch
+from accelerate import state
+from accelerate.utils import DistributedType
+
+torch.set_num_threads(1)
+State, AllState = state.PartialState, state.AcceleratorState
+start, start_all = State.__init__, AllState.__init__
+State.__init__ = lambda self, cpu=False, **options: start(self, cpu=False, **options)
+State._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+State.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+AllState.__init__ = lambda self, *_, **options: start_all(
+    self, **options | {"cpu": False, "mixed_precision": "bf16"})
+sys.path.insert(0, ".")
+import finetune_unlikelihood
+from lm.cli import run
+run(finetune_unlikelihood.main)
+"""
+
+
+def flags(tiny_llama, data, folder, **more) -> list[str]:
+    return [f"--{name}={value}" for name, value in {
+        "base_model": tiny_llama, "data_path": data, "output_dir": folder, "batch_size": 4,
+        "micro_batch_size": 2, "max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3,
+        "logging_steps": 1, "lora_dropout": 0, "load_in": "bf16", **more}.items()]
+
+
+def sharded(script, *words: str) -> None:
+    """The command on two processes under FSDP2 in bf16."""
+    environment = os.environ | {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "OMP_NUM_THREADS": "1",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+    script.write_text(SHARDED)
+    done = subprocess.run([sys.executable, "-m", *TORCHRUN, str(script), *words], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(("objective", "records"), [("cut", JUDGED), ("dpo", RECORDS)])
+def test_fsdp2_in_bf16_has_the_losses_of_one_process(objective, records, tiny_llama, tmp_path):
+    """DPO's first is log 2: policy and reference are the same, which rounding would hide."""
+    data = write_records(tmp_path / "data.jsonl", records)
+    sharded(tmp_path / "script.py", *flags(tiny_llama, data, tmp_path / "two",
+                                           objective=objective))
+    alone = in_this_process(finetune_unlikelihood.main, *flags(
+        tiny_llama, data, tmp_path / "one", objective=objective, load_in="fp32"))
+    assert alone.code == 0, alone.err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(two) == 3 and two == pytest.approx(one, abs=2e-2)
+    if objective == "dpo":
+        assert two[0] == pytest.approx(0.693147, abs=1e-6)
+        margins = history(tmp_path / "two", "rewards/margins")
+        assert margins[0]["rewards/margins"] == 0 != margins[2]["rewards/margins"]
+
+
+@pytest.mark.parametrize("objective", ["cut", "dpo"])
+def test_adapters_on_8bit_weights_are_fp32(objective, tiny_llama, tmp_path):
+    """trl casts its own to bf16, in which an update of 5e-5 vanishes."""
+    data = write_records(tmp_path / "data.jsonl", RECORDS if objective == "dpo" else JUDGED)
+    result = in_this_process(finetune_unlikelihood.main, *flags(
+        tiny_llama, data, tmp_path / "run", objective=objective, load_in="8bit", max_steps=1))
+    assert result.code == 0, result.err
+    assert {weight.dtype for weight in adapter(tmp_path / "run").values()} == {torch.float32}
