@@ -1,10 +1,9 @@
 """Log-probabilities of the supervised tokens of a batch, without the full logits.
 
 The model runs once, as it is. While it does, a hook on its output head takes the hidden states
-of the supervised positions only, scores them in chunks of rows, and hands the head a single
-position to score for itself. So no [rows, T, vocab] tensor ever exists, and since the work is
-done inside the model's own forward it is the same under DDP, FSDP2 and ZeRO-3, whose weights
-are gathered there.
+of the supervised positions only, scores them in chunks of rows, and leaves the head none to score
+for itself. So no [rows, T, vocab] tensor ever exists, and since the work is done inside the model's
+own forward it is the same under DDP, FSDP2 and ZeRO-3, whose weights are gathered there.
 
 `benchmarks/cut_step.py` measures this against the full logits.
 """
@@ -44,7 +43,7 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
     def score(head: nn.Module, arguments: tuple) -> tuple:
         hidden = arguments[0]
         found.append(score_tokens(hidden[before], targets, head, logit_transform(model)))
-        return (hidden[:, -1:], *arguments[1:])
+        return (hidden[:, :0], *arguments[1:])
 
     head = output_head(model)
     hook = head.register_forward_pre_hook(score)
