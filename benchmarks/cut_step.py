@@ -6,9 +6,9 @@
 Ours is what training runs: `CutTrainer` over `Rows`. The original is written anew here from its
 description: every record is two rows (a positive one's second is a dummy of padding), a batch is
 padded to its longest row and up to a multiple of 8, all positions are scored, in a full fp32
-softmax, and the loss is a mean over the tokens of the micro-batch. Both train the same LoRA on
-the same weights and records with transformers' Trainer; each run has a process of its own, and
-the sides alternate (`benchmarks/measure.py` says what is counted, and how).
+softmax, and the loss is a mean over the tokens of the micro-batch. Both train the same LoRA (with
+peft's own dropout there) on the same weights and records with transformers' Trainer; each run has a
+process of its own, and the sides alternate (`benchmarks/measure.py` says what is counted, and how).
 
 Two cases: the first 16 records of the file, and its first 16 after down-sampling the positives to
 0.25 of the negatives, which is what really trains. On a GPU a first step warms up. What is printed
@@ -149,6 +149,8 @@ def run_side(side: str, base_model: str, examples: Sequence["Example"],
 
     matmul_peak = measure.measure_matmul_peak()
     model, tokenizer = load_with_lora(base_model, lora_dropout)
+    if side == "original":
+        restore_dropout(model)
     with TemporaryDirectory() as folder:
         trainer, tokens, supervised = trainer_of(side, model, tokenizer, examples,
                                                  training_arguments(folder, len(examples)))
@@ -168,6 +170,17 @@ def load_with_lora(base_model: str, lora_dropout: float):
     model = add_lora(model, dropout=lora_dropout, **LORA)
     measure.read_weights(model)
     return model, tokenizer
+
+
+def restore_dropout(model) -> None:
+    """peft's own dropout in the place of ours."""
+    from torch import nn
+
+    from lm.dropout import CheapDropout
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CheapDropout):
+            model.set_submodule(name, nn.Dropout(module.p))
 
 
 def training_arguments(folder: str, records: int):

@@ -1,9 +1,9 @@
 """CUT on transformers' Trainer: what differs from plain fine-tuning, and nothing else.
 
 A dataset item is one example's `Rows`. A micro-batch is run in as few forward passes as a token
-budget allows, over the rows that exist. The loss of an optimizer step is the mean over its
-examples, so it depends neither on the micro-batch size, nor on accumulation, nor on the number
-of processes.
+budget allows, over the rows that exist; on a CPU, rows of unlike length are run apart. The loss of
+an optimizer step is the mean over its examples, so it depends neither on the micro-batch size, nor
+on accumulation, nor on the number of processes.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Log-probabilities of the supervised tokens of a batch, without the full logits.
 
-The model runs once, as it is. While it does, a hook on its output head takes the hidden states
+The model runs as it is. While it does, a hook on its output head takes the hidden states
 of the supervised positions only, scores them in chunks of rows, and leaves the head none to score
 for itself. So no [rows, T, vocab] tensor ever exists, and since the work is done inside the model's
 own forward it is the same under DDP, FSDP2 and ZeRO-3, whose weights are gathered there.

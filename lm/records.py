@@ -123,29 +123,35 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """A scratch folder that becomes `path` when the block ends well, and vanishes when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    discard_unfinished(path)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    lock = _locked(scratch)
+    with _locked(path.parent):  # one run at a time begins, or ends
+        _discard_unfinished(path)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        under_way = contextlib.ExitStack()
+        under_way.enter_context(_locked(scratch))
     try:
         yield scratch
         os.chmod(scratch, 0o755)  # mkdtemp and safetensors keep others out
         for file in scratch.rglob("*"):
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
-        if path.exists():  # never a moment in which neither the old nor the new one is there whole
-            old = scratch.with_name(f"{scratch.name}.old")
-            os.replace(path, old)
-            os.replace(scratch, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, path)
+        with _locked(path.parent):
+            _replace(path, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        under_way.close()
 
 
-def discard_unfinished(path: Path) -> None:
+def _replace(path: Path, scratch: Path) -> None:
+    """Never a moment in which neither the old folder nor the new one is there whole."""
+    old = scratch.with_name(f"{scratch.name}.old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(scratch, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _discard_unfinished(path: Path) -> None:
     """Delete the scratch folders of runs that were killed; those of others under way are locked."""
     for scratch in path.parent.iterdir():
         name = scratch.name.removeprefix(f".{path.name}.")
@@ -153,21 +159,27 @@ def discard_unfinished(path: Path) -> None:
             continue
         if name.endswith(".old") and not path.exists():  # the kill came between the two renamings
             continue
-        with contextlib.suppress(BlockingIOError):
-            lock = _locked(scratch)
+        # Under way, or somebody else's
+        with contextlib.suppress(OSError), _locked(scratch, wait=False):
             shutil.rmtree(scratch, ignore_errors=True)
-            os.close(lock)
 
 
-def _locked(folder: Path) -> int:
-    """Hold a folder's lock until what is returned is closed, if only by a kill."""
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Keep others out until the block ends, if only by a kill; an error if one may not wait.
+
+    Network file systems that cannot lock folders keep nobody out.
+    """
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
+        yield
+    finally:
         os.close(lock)
-        raise
-    return lock
 
 
 def sha256(path: str | Path) -> str:

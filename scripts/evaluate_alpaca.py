@@ -14,8 +14,8 @@ the server from --base_url or OPENAI_BASE_URL.
 
 A draw counts one half. A pair whose judgment failed or cannot be read is undecided: left out,
 counted, and asked again by the next run; with more of them than --max_undecided the exit code is
-1. Results of other inputs are never replaced: they want another --output_dir. The length-controlled
-win rate needs files of the Hub and is not computed.
+1. Results of other inputs are never replaced (those of another --limit are): they want another
+--output_dir. The length-controlled win rate needs files of the Hub and is not computed.
 
 Cost: the published judgments of 805 answers by gpt-4 say that they cost $18.17 and took 15 minutes;
 the annotators of 2024 cost a third and less (an estimate). alpaca-eval needs no environment of its

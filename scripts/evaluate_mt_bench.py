@@ -10,7 +10,8 @@ our own, so a score is comparable with others made here, and with published ones
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
 score from 1 to 10 is a failure: left out of the means, counted, and asked again by the next run.
-Results of other inputs are never replaced: they want another --output_dir.
+Results of other inputs are never replaced (those of another --limit or temperature are): they want
+another --output_dir.
 The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
 
 Cost (estimates): 160 replies judged by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a time.

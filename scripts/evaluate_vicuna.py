@@ -10,8 +10,8 @@ loses it likewise; all else is a tie. The win rate counts a tie one half. The ju
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
 verdict is a failure: its question is left out, counted, and asked again by the next run. Results of
-other inputs are never replaced: they want another --output_dir. The key comes from OPENAI_API_KEY,
-the server from --base_url or OPENAI_BASE_URL.
+other inputs are never replaced (those of another temperature are): they want another --output_dir.
+The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
 
 Cost (estimates): 80 questions judged twice by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a
 time.

@@ -24,6 +24,7 @@ from trl.import_utils import is_vllm_available
 from trl.models.utils import unwrap_model_for_generation
 
 from lm.generation import Response, check_sampling, generate, response_of, stop_ids
+from lm.models import is_quantized
 from lm.records import InputError
 from self_judge.config import check_keys
 
@@ -106,6 +107,10 @@ class VllmEngine:
     def __init__(self, trainer, settings: Sampling, max_length: int):
         from trl.generation.vllm_generation import VLLMGeneration
 
+        if is_quantized(trainer.model):
+            raise InputError(f"generation engine {settings.engine} changes weights in 8 or 4 bits, "
+                             "which are the frozen reference too, each time that the policy is "
+                             "sent; load them in bf16, or use engine hf")
         folder = Path(trainer.model.name_or_path)
         if settings.engine == "vllm_colocate" and (folder / "adapter_config.json").is_file():
             raise InputError(f"generation engine vllm_colocate loads {folder}, which is an adapter "
@@ -138,7 +143,7 @@ def unchanged_base(model: torch.nn.Module) -> Iterator[None]:
     every time, and they are the frozen reference and judge.
     """
     weights = [parameter for name, parameter in model.named_parameters()
-               if ".base_layer." in name and parameter.is_floating_point()]
+               if ".base_layer." in name]
     before = [weight.detach().clone() for weight in weights]
     try:
         yield

@@ -83,6 +83,7 @@ def test_a_closed_terminal_stops_the_server(tiny_llama):
     assert not Path(f"/proc/{children[0]}").exists()
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_chat(tiny_llama):
     """A question, no to "go on?", and !exit. What a random model says is no matter."""
     pytest.importorskip("fastapi")

@@ -3,10 +3,12 @@
     python -m pytest tests/test_records.py
 """
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -172,3 +174,28 @@ def test_whole_folder_clears_away_what_kills_left(finished, tmp_path):
         left = {folder.name for folder in tmp_path.glob(".*")}
         assert under_way.is_dir() and under_way.name in left
         assert left.intersection(names) == {*names[2:], *([] if finished else names[1:2])}
+
+
+def test_whole_folders_of_one_path_at_the_same_time(tmp_path):
+    """Each is there whole at some moment; none clears another's away, and none stumbles over it."""
+    def write(number: int) -> None:
+        for _ in range(50):
+            with whole_folder(tmp_path / "model") as scratch:
+                (scratch / "weights").write_text(str(number))
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(write, number) for number in range(3)]:
+            done.result()
+    assert (tmp_path / "model" / "weights").read_text() in "012"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_folders_cannot_be_locked_nothing_is_cleared_away(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # NFS locks what is open for writing
+
+    monkeypatch.setattr("lm.records.fcntl.flock", refuse)
+    (tmp_path / ".model.k1lled_x").mkdir()
+    with whole_folder(tmp_path / "model"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert {folder.name for folder in tmp_path.iterdir()} == {".model.k1lled_x", "model"}

@@ -29,6 +29,7 @@ import self_judge.inputs
 import self_judge.metrics
 import self_judge.pairs
 from lm.generation import generate
+from lm.models import load_model
 from lm.records import InputError
 from lm.templates import prompt_ids, response_ids
 from self_judge import on_policy
@@ -720,6 +721,13 @@ def test_vllm_in_process_cannot_load_an_adapters_folder(make, tiny_llama, monkey
     model.name_or_path = str(tmp_path)  # as load_base leaves it
     with pytest.raises(InputError, match=r"vllm_colocate loads .* is an adapter.*merge\.py"):
         make(model=model, generation={"engine": "vllm_colocate"})
+
+
+def test_vllm_would_change_a_quantized_reference(make, tiny_llama, monkeypatch):
+    """peft rounds packed weights anew each time that an adapter is added and taken away."""
+    monkeypatch.setattr("self_judge.sampling.is_vllm_available", lambda: True)
+    with pytest.raises(InputError, match="vllm_server changes weights in 8 or 4 bits"):
+        make(model=load_model(str(tiny_llama), "8bit"), generation={"engine": "vllm_server"})
 
 
 def test_settings_of_the_sampling_engine():
