@@ -13,9 +13,19 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from training_runs import TORCHRUN, adapter, history, in_this_process, losses, write_records
+from tiny_judge import save_tiny_judge
+from training_runs import (
+    TORCHRUN,
+    adapter,
+    history,
+    in_this_process,
+    losses,
+    preference_data,
+    write_records,
+)
 
 import finetune_unlikelihood
+import train_jsft
 
 RECORDS = [{"instruction": f"Say {word}.", "output": f"the {word} " * (3 + place % 4),
             "judgment": None, "score": place % 5}
@@ -23,7 +33,7 @@ RECORDS = [{"instruction": f"Say {word}.", "output": f"the {word} " * (3 + place
 JUDGED = [{**record, "score": None, "judgment": "It is no answer." if place % 2 else None}
           for place, record in enumerate(RECORDS)]
 SHARDED = """
-import sys
+import runpy, sys
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
@@ -37,9 +47,8 @@ State.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 AllState.__init__ = lambda self, *_, **options: start_all(
     self, **options | {"cpu": False, "mixed_precision": "bf16"})
 sys.path.insert(0, ".")
-import finetune_unlikelihood
-from lm.cli import run
-run(finetune_unlikelihood.main)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -68,8 +77,8 @@ def sharded(script, *words: str) -> None:
 def test_fsdp2_in_bf16_has_the_losses_of_one_process(objective, records, tiny_llama, tmp_path):
     """DPO's first is log 2: policy and reference are the same, which rounding would hide."""
     data = write_records(tmp_path / "data.jsonl", records)
-    sharded(tmp_path / "script.py", *flags(tiny_llama, data, tmp_path / "two",
-                                           objective=objective))
+    sharded(tmp_path / "script.py", "finetune_unlikelihood.py", *flags(
+        tiny_llama, data, tmp_path / "two", objective=objective))
     alone = in_this_process(finetune_unlikelihood.main, *flags(
         tiny_llama, data, tmp_path / "one", objective=objective, load_in="fp32"))
     assert alone.code == 0, alone.err
@@ -79,6 +88,34 @@ def test_fsdp2_in_bf16_has_the_losses_of_one_process(objective, records, tiny_ll
         assert two[0] == pytest.approx(0.693147, abs=1e-6)
         margins = history(tmp_path / "two", "rewards/margins")
         assert margins[0]["rewards/margins"] == 0 != margins[2]["rewards/margins"]
+
+
+@pytest.mark.xdist_group("processes")
+def test_self_judges_trainings_under_fsdp2(tmp_path):
+    """JSFT with the losses of one process; self-training samples, judges, and starts at log 2."""
+    data, model = preference_data(tmp_path / "data").hh, tmp_path / "judge"
+    save_tiny_judge(model)
+    settings = {"model.pretrained_model_name_or_path": model, "dataset.path": data,
+                "training_args.gradient_accumulation_steps": 1, "training_args.max_steps": 2,
+                "training_args.warmup_steps": 0, "training_args.logging_steps": 1,
+                "training_args.eval_strategy": "no"}
+
+    def words(kind: str, rows: int, folder: str, **more) -> list[str]:
+        own = {"training_args.per_device_train_batch_size": rows,
+               "training_args.output_dir": tmp_path / folder, **more}
+        return [f"--config=configs/hh_{kind}.yaml",
+                *(f"{name}={value}" for name, value in (settings | own).items())]
+
+    jsft = {"jsft_args.max_length": 512, "peft_config.lora_dropout": 0}
+    sharded(tmp_path / "script.py", "train_jsft.py", *words("jsft", 2, "two", **jsft))
+    alone = in_this_process(train_jsft.main, *words("jsft", 4, "one", **jsft))
+    assert alone.code == 0, alone.err
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-2)
+    sharded(tmp_path / "script.py", "train_self_judge.py", *words(
+        "self_judge", 2, "policy", **{"self_judge_args.max_length": 256,
+                                      "self_judge_args.max_new_tokens": 8}))
+    first, _ = losses(tmp_path / "policy")
+    assert first == pytest.approx(0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["cut", "dpo"])
