@@ -63,10 +63,10 @@ def read_reply(content: bytes) -> Reply:
                       usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0,
                       logprobs=choice.get("logprobs"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        start = content[:60].decode(errors="replace")
+        start = content[:1000].decode(errors="replace")  # cut to size once a key in it is hidden
         raise BrokenReply(f"broken reply {start!r}" if start else "empty reply") from error
     if not isinstance(reply.text, str):
-        raise BrokenReply(f"broken reply: its content is no text but {str(reply.text)[:60]}")
+        raise BrokenReply(f"broken reply: its content is no text but {str(reply.text)[:1000]}")
     if refusal:
         return replace(reply, finish_reason="refusal", error=f"refused: {refusal}")
     if reply.finish_reason == "content_filter":

@@ -203,6 +203,11 @@ def test_a_key_is_hidden_as_python_writes_it_too(monkeypatch):
     with FaultServer() as server:
         reply = dict(client_of(server, attempts=1).ask(questions(1)))[0]
     assert reply.error == "broken reply 'for [key]'"
+    body = b"." * 55 + b"sk-back\\slash-secret"  # no part of it stays where the start is cut
+    monkeypatch.setattr(fault_server, "_completion", lambda *_: body)
+    with FaultServer() as server:
+        reply = dict(client_of(server, attempts=1).ask(questions(1)))[0]
+    assert reply.error == f"broken reply '{'.' * 55}[key]'"
 
 
 def test_the_hosted_service_needs_a_key(monkeypatch):
