@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -202,8 +201,6 @@ def merge(settings: SimpleNamespace, number: int, model: str | Path) -> Record:
     adapter, merged = folder / "adapter", folder / "model"
 
     def work() -> dict:
-        for unfinished in folder.glob(".model.*"):  # of a merge that was killed
-            shutil.rmtree(unfinished)
         execute(settings, "merge.py", base_model_name_or_path=model, peft_model_path=adapter,
                 output_dir=merged)
         told = json.loads((merged / "merge.json").read_text(encoding="utf-8"))
