@@ -11,8 +11,8 @@ peft's own dropout there) on the same weights and records with transformers' Tra
 process of its own, and the sides alternate (`benchmarks/measure.py` says what is counted, and how).
 
 Two cases: the first 16 records of the file, and its first 16 after down-sampling the positives to
-0.25 of the negatives, which is what really trains. On a GPU a first step warms up. What is printed
-are medians over the repeats.
+0.25 of the negatives, which is what really trains. A first step warms up: it loads kernels, and
+memory that later steps have at hand. What is printed are medians over the repeats.
 
 First comes a check: on single records both sides have the same loss and gradient.
 """
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from benchmarks.measure import Measured, on_gpu
 from lm.cli import run
+from lm.memory import keep_freed_memory
 from lm.models import DEFAULT_MODEL, add_lora
 from lm.records import InputError, read_records
 from lm.templates import Template, load_template
@@ -151,6 +152,8 @@ def run_side(side: str, base_model: str, examples: Sequence["Example"],
     model, tokenizer = load_with_lora(base_model, lora_dropout)
     if side == "original":
         restore_dropout(model)
+    else:
+        keep_freed_memory()
     with TemporaryDirectory() as folder:
         trainer, tokens, supervised = trainer_of(side, model, tokenizer, examples,
                                                  training_arguments(folder, len(examples)))
@@ -184,12 +187,11 @@ def restore_dropout(model) -> None:
 
 
 def training_arguments(folder: str, records: int):
-    """What the Trainers of both sides are told: a single optimizer step over all the records."""
+    """What the Trainers of both sides are told: two optimizer steps, each over all the records."""
     from transformers import TrainingArguments
 
-    steps = 2 if on_gpu() else 1  # GPU kernels are chosen and loaded in the first
     return TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
+        folder, max_steps=2, per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=records // MICRO_BATCH, learning_rate=4e-4,
         optim="adamw_torch", bf16=on_gpu(), use_cpu=not on_gpu(), remove_unused_columns=False,
         dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no",

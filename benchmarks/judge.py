@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from benchmarks.measure import Measured, on_gpu
 from lm.cli import run
+from lm.memory import keep_freed_memory
 from lm.models import DEFAULT_MODEL, load_tokenizer
 from lm.records import InputError, read_records
 from self_judge.judgment import Judgment, Pair, Probabilities, judge_pairs, judgment_of
@@ -208,6 +209,8 @@ def run_side(side: str, base_model: str, section: Templates, case: Case) -> Judg
     matmul_peak = measure.measure_matmul_peak()
     model, tokenizer, text = load(base_model, section)
     kind, size = side.split()
+    if kind == "ours":
+        keep_freed_memory()
 
     def judge(pairs: Sequence[Pair]) -> list[Judgment]:
         if kind == "original":

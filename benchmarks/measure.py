@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from lm.models import load_model, load_tokenizer, unwrapped
+from lm.models import load_tokenizer, resolve_model, unwrapped
 from lm.records import InputError
 from lm.tables import table
 
@@ -133,7 +133,10 @@ def compare(original: Run, ours: Run) -> str:
 # The model
 
 def load(base_model: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model without an adapter, the same on all sides, and its tokenizer."""
+    """The model without an adapter, the same on all sides, and its tokenizer.
+
+    `lm.models.load_model` also has freed memory kept on a CPU, which the original did not.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -144,7 +147,8 @@ def load(base_model: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     else:
-        model = load_model(base_model, load_in="fp32")
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(base_model),
+                                                     dtype=torch.float32)
     return model, tokenizer
 
 

@@ -46,6 +46,7 @@ from benchmarks.judge import (
 )
 from benchmarks.measure import on_gpu
 from lm.cli import run
+from lm.memory import keep_freed_memory
 from lm.models import DEFAULT_MODEL, load_model, load_tokenizer, output_head
 from lm.records import InputError
 from lm.templates import prompt_ids, response_ids
@@ -295,6 +296,7 @@ def run_ours(settings: Settings, steps: int) -> Step:
     """The last of some steps of `SelfJudgeTrainer`."""
     from transformers import PrinterCallback, TrainerCallback
 
+    keep_freed_memory()
     with TemporaryDirectory() as folder:
         trainer = trainer_of(settings, folder, steps)
         watch, timed = Watch(trainer.model, trainer.processing_class), trainer.timed

@@ -67,9 +67,14 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
     flash_attention_2 where it is installed and can run, else transformers' choice (sdpa if the
     architecture has it).
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
+    from lm.memory import keep_freed_memory
+
     path = resolve_model(base_model)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     dtype, quantization = _precision(load_in)
     if attn_implementation == "auto":
         attn_implementation = _fastest_attention(dtype)
