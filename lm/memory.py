@@ -1,8 +1,8 @@
 """Memory that a CPU's process frees and soon wants again.
 
 A training step on a CPU allocates and frees gigabytes of activations. glibc gives large blocks back
-to the kernel, which hands them out again a page at a time, each filled with zeros first: a tenth of
-the step's time.
+to the kernel, which hands them out again a page at a time, each filled with zeros first: up to a
+tenth of the step's time.
 """
 
 import ctypes

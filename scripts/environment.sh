@@ -11,9 +11,13 @@ if [ -n "${DRY_RUN:-}" ]; then
     mkdir() { show mkdir "$@"; }
     cat() { :; } # a recipe's last words tell of results
     exec() { "$@"; } # it would look past the functions
+    need() { :; }
     export -f show python torchrun accelerate
     return
 fi
+need() { # VARIABLE FILE: stop if it is missing, before hours of work that want it at their end
+    [ -e "$2" ] || { echo "error: $1=$2: no such file" >&2; exit 2; }
+}
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 STAMP="$VENV/.installed-$(cksum < requirements.txt | tr ' ' '-')"

@@ -30,6 +30,7 @@ MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
 MAX_COST=${MAX_COST:-0}                    # dollars; 0 is no limit
 GENERATE=${GENERATE:-}                     # further flags of generate.py: "--load_in 8bit" for 70B
 
+if [[ $REFERENCE = *.json* ]]; then need REFERENCE "$REFERENCE"; fi  # else a name of the Hub's
 python scripts/generate.py --base_model_name_or_path "$MODEL" --template "$TEMPLATE" \
     --output_path "$OUTPUTS" --max_new_tokens "$MAX_NEW_TOKENS" --limit "$LIMIT" \
     ${PROMPTS:+--data_path "$PROMPTS"} $GENERATE

@@ -51,6 +51,7 @@ judge() { # SCRIPT FLAGS...
 if [ ! -e "$MT_BENCH" ] || [ ! -e "${REFERENCES:-$MT_BENCH}" ]; then
     python scripts/download_data.py mt_bench
 fi
+need REFERENCES "${REFERENCES:-$MT_BENCH}"
 answer "$MODEL" "$MT_BENCH" "$OUT/mt_bench.json"
 judge scripts/evaluate_mt_bench.py --answers "$OUT/mt_bench.json" \
     ${REFERENCES:+--references "$REFERENCES"}

@@ -293,5 +293,10 @@ def test_recipe_from_model_to_win_rate(tiny_llama, warm_venv, tmp_path):
                               env={**os.environ, **variables}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(server.asked) == 2
+        again = subprocess.run(["bash", "scripts/evaluate_alpaca.sh", str(tiny_llama)], cwd=ROOT,
+                               env={**os.environ, **variables, "REFERENCE": "typo.json"},
+                               capture_output=True, text=True)
     assert "win rate" in done.stdout
     assert json.loads((tmp_path / "mine/local-tiny/results.json").read_text())["n_total"] == 2
+    assert (again.returncode, again.stdout, again.stderr) == (  # before anything is generated
+        2, "", "error: REFERENCE=typo.json: no such file\n")
