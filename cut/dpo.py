@@ -8,12 +8,9 @@ from trl import DPOTrainer
 
 from cut.data import Rows
 from cut.trainer import FiniteGradients
-from lm.fused_head import score_responses_only
+from lm.fused_head import NOT_MEASURED, score_responses_only
 from lm.precision import FullPrecision
 from lm.runs import WholeCheckpoints
-
-# trl's metrics that would need the full logits, which are never made: zeros here.
-NOT_MEASURED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
@@ -30,8 +27,7 @@ class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
         if is_peft_model(self.model):
             self.model.delete_adapter("ref")  # trl's copy of the new adapter, which does nothing
         for scored in filter(None, (self.model, self.ref_model)):
-            plain = self.accelerator.unwrap_model(scored)
-            score_responses_only(plain.get_base_model() if is_peft_model(plain) else plain)
+            score_responses_only(self.accelerator.unwrap_model(scored))
         self.add_callback(FiniteGradients())
 
     def _prepare_dataset(self, dataset, *args):

@@ -20,7 +20,8 @@ from cut.objectives import OBJECTIVES, learnt, left_out, preference_rows
 from cut.trainer import CutSettings, CutTrainer, NonFiniteLoss
 from lm import models, runs
 from lm.log_probs import check_head
-from lm.records import InputError, read_records
+from lm.quantized import keep_gradients
+from lm.records import InputError, first_line, read_records
 from lm.templates import load_template
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
@@ -194,7 +195,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
     try:
         arguments = kind(**options)
     except ValueError as error:  # an unknown schedule, for example
-        raise InputError(models.first_line(error)) from error
+        raise InputError(first_line(error)) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
     return arguments
 
@@ -207,7 +208,7 @@ def load_model(settings: SimpleNamespace):
         load_in = "fp32"  # master weights; the forward pass runs in bf16 on a GPU
     model = models.load_model(settings.base_model, load_in, settings.attn_implementation)
     if load_in == "4bit":
-        _keep_gradients(model)
+        keep_gradients(model)
     if settings.full_finetune:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -215,6 +216,9 @@ def load_model(settings: SimpleNamespace):
         model = models.add_lora(model, settings.lora_r, settings.lora_alpha,
                                 settings.lora_dropout, settings.lora_target_modules,
                                 settings.gradient_checkpointing)
+    if settings.torch_compile and models.is_quantized(model):
+        raise InputError("--torch_compile gains nothing with weights in 8 or 4 bits, whose layers "
+                         "it cannot compile; use --load_in bf16 (or fp32)")
     if settings.torch_compile:
         compile_blocks(model)
     if runs.is_main():
@@ -251,6 +255,10 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
 
 def train(settings: SimpleNamespace, trainer: Trainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
+    if torch.cuda.is_available():
+        # TF32 for what is left in fp32: 8-bit layers pass gradients on in it. (The check of the
+        # head, which compares exactly, is over.)
+        torch.set_float32_matmul_precision("high")
     try:
         with runs.full_disk_in_one_line(settings.output_dir):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -310,18 +318,6 @@ def cut_settings(settings: SimpleNamespace) -> CutSettings:
 def pad_id(tokenizer) -> int:
     """Padding is masked by length, so any id will do; released code uses unk, or 0."""
     return tokenizer.unk_token_id or 0
-
-
-def _keep_gradients(model) -> None:
-    """Stop bitsandbytes from packing 4-bit weights for CPU inference at the first evaluation.
-
-    It does so where the CPU has AVX512-BF16, for good, and packed layers pass no gradient on.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _accumulation(settings: SimpleNamespace) -> int:

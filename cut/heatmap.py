@@ -22,6 +22,7 @@ from cut.data import Example, Rows, collate
 from cut.loss import CutLoss, cut_loss
 from cut.trainer import CutSettings
 from lm.log_probs import supervised_log_probs
+from lm.models import evaluating
 from lm.records import InputError, write_text
 from lm.terminal import printable, wants_colour
 
@@ -70,10 +71,8 @@ def show(model, tokenizer, examples: Sequence[Example], rows: Sequence[Rows],
 def token_ratios(model, tokenizer, rows: Rows, settings: CutSettings) -> TokenRatios:
     """Run a pair's two rows and compare their response tokens, as training does."""
     batch = collate([rows], pad_id=0).to(model.device)
-    training = model.training
-    model.eval()
-    flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
-    model.train(training)
+    with evaluating(model):
+        flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
     # The aligned row comes first; it may be supervised from its prompt on (train_on_inputs).
     judged = flat[:rows.aligned.supervised][-rows.response:].cpu()
     plain = flat[-rows.response:].cpu()

@@ -81,9 +81,14 @@ def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
     budget = TOKENS_PER_FORWARD["cuda" if on_gpu else "cpu"]
     tokens = max(max(rows.tokens for rows in data.train),
                  min(budget, settings.micro_batch_size * max(r.tokens for r in data.train)))
-    parts = {"weights": model.num_parameters() * weight_bytes,
-             "gradients and optimizer": trained * 12,
-             "activations": tokens * text.num_hidden_layers * kept * (2 if on_gpu else 4)}
+    value_bytes, weights = (2 if on_gpu else 4), model.num_parameters() * weight_bytes
+    if load_in in ("8bit", "4bit"):  # the rest is fp32, and with it what layers pass on
+        value_bytes = 4
+        weights += (4 - weight_bytes) * sum(
+            {id(weight): weight.numel() for end in (model.get_input_embeddings(),
+             model.get_output_embeddings()) for weight in end.parameters()}.values())
+    parts = {"weights": weights, "gradients and optimizer": trained * 12,
+             "activations": tokens * text.num_hidden_layers * kept * value_bytes}
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     return (f"memory, an estimate: {sum(parts.values()) / 2**30:.1f} GiB a process ({listed}; "
             f"largest forward pass {tokens} tokens)")

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lm.judges import judge_by_rules
-from lm.records import InputError, Record, check_fields, join_input, read_records, write_text
+from lm.models import context_of
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    read_records,
+    write_lines,
+    write_text,
+)
 from lm.verdicts import JudgePrompt, Judgment, read_perfect
 
 if TYPE_CHECKING:
@@ -109,7 +118,7 @@ class LocalJudge:
         """Yield (index, judgment) batch by batch; prompts that do not fit have failed."""
         from lm.generation import generate, ids_of
 
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(self.model)
         rows = {}
         for index, question in questions.items():
             ids = ids_of(self.tokenizer, self.prompt.render(question.instruction,
@@ -170,7 +179,7 @@ def write_sheet(path: Path, rows: list[Record]) -> None:
     """The rows with an empty place for the judgment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".csv":
-        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return write_lines(path, rows)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

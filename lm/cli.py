@@ -19,7 +19,7 @@ from typing import get_args
 
 import fire
 
-from lm.records import InputError
+from lm.records import InputError, first_line
 
 INTERRUPTED = 130
 PATIENCE = 5  # seconds; a launcher ends its other processes a tenth after one has ended
@@ -52,7 +52,11 @@ def run(command: Callable) -> None:
         _stop(where + (error.strerror or str(error).strip()))
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", code=INTERRUPTED)
-    except Exception as error:  # safetensors has a kind of its own for a full disk
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported
+            _stop(f"the GPU's memory is full ({first_line(error)}); lower the flag for tokens or "
+                  "rows at a time (--batch_tokens, --micro_batch_size); the same command goes on")
+        # safetensors has a kind of its own for a full disk
         if "No space left on device" not in str(error):
             raise
         _stop(str(error))

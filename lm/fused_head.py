@@ -8,18 +8,24 @@ finds a frozen head's derivative on the way. `benchmarks/self_judge_step.py` mea
 import functools
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from lm.log_probs import supervised_log_probs
+from lm.models import without_adapter
+
+# trl's metrics that would need the full logits, which are never made: zeros here
+NOT_MEASURED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
-def score_responses_only(model: PreTrainedModel) -> None:
+def score_responses_only(model: PreTrainedModel | PeftModel) -> None:
     """Make `model(..., labels=labels, fused_lm_head=True)` score the labelled positions only.
 
-    The output's `entropy`, `mean_logits` and `is_top1`, which feed nothing but trl's metrics of the
-    same names, are zero.
+    The output's `entropy`, `mean_logits` and `is_top1`, which feed nothing but trl's metrics
+    `NOT_MEASURED`, are zero.
     """
+    model = without_adapter(model)
     forward = model.forward
 
     @functools.wraps(forward)

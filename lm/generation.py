@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm.models import context_of, evaluating, without_adapter
 from lm.records import InputError
 from lm.templates import prompt_ids
 
@@ -178,8 +179,7 @@ def find_place(mass: Tensor, uniform: Tensor) -> Tensor:
 
 def _check_lengths(rows: Mapping[Hashable, list[int]], model: "PreTrainedModel",
                    max_new_tokens: int) -> None:
-    # Models without learned or rotary positions (Mamba, BLOOM) state no limit.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     for index, row in rows.items():
         if not row:
             raise InputError(f"prompt {index}: is empty")
@@ -193,9 +193,7 @@ def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
               rows: Mapping[Hashable, list[int]], max_new_tokens: int, token_budget: int,
               temperature: float, top_p: float, seed: int | str,
               synced_gpus: bool) -> Iterator[tuple[Hashable, Response]]:
-    from peft import PeftModel
-
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model  # LoRA lives inside
+    plain = without_adapter(model)
     runner = model if synced_gpus else plain  # FSDP gathers what its outermost module is called for
     stops = stop_ids(plain, tokenizer)
     lengths = {index: len(row) for index, row in rows.items()}
@@ -229,15 +227,14 @@ def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int,
     """
     from transformers import GenerationConfig
 
-    saved, was_training = model.generation_config, model.training
+    saved = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad_id)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = saved
-        model.train(was_training)
 
 
 def response_of(tokenizer: "PreTrainedTokenizerBase", new_ids: list[int],

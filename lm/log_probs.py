@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lm.models import output_head, unwrapped
+from lm.models import evaluating, output_head, unwrapped
 from lm.records import InputError
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
@@ -185,15 +185,13 @@ def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def check_head(model: nn.Module, token_ids: list[int]) -> None:
     """Stop if an architecture treats its logits in a way `logit_transform` does not know."""
-    training = model.training
-    model.eval()
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
     supervised = torch.ones_like(ids).bool()
     supervised[:, 0] = False
-    ours = supervised_log_probs(model, ids, supervised)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    with evaluating(model):
+        ours = supervised_log_probs(model, ids, supervised)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     theirs = -F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-    model.train(training)
     exact = logits.dtype == torch.float32  # half precision rounds a logit of 30 to quarters
     if not torch.allclose(ours, theirs, atol=1e-3 if exact else 0.1, rtol=1e-3 if exact else 0.05):
         worst = (ours - theirs).abs().max().item()

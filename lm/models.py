@@ -4,13 +4,15 @@ A base model is named by a folder, a Hub id, or `smollm2-135m-instruct`: the emb
 enough for two CPU cores, which `python scripts/get_model.py` puts under saved_models/.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.records import InputError
+from lm.memory import keep_freed_memory
+from lm.records import InputError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,14 +65,12 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
 
     `load_in` auto is 8bit on CUDA (the released setting: 8-bit linear layers, the rest fp16) and
     fp32 on the CPU, where half precision is 4 to 25 times slower; `checkpoint` is the precision
-    that the weights are stored in. `attn_implementation` auto is
-    flash_attention_2 where it is installed and can run, else transformers' choice (sdpa if the
-    architecture has it).
+    that the weights are stored in. `attn_implementation` auto is flash_attention_2 where it is
+    installed and can run (not with `checkpoint`, which is for use after training), else
+    transformers' choice (sdpa if the architecture has it).
     """
     import torch
     from transformers import AutoModelForCausalLM
-
-    from lm.memory import keep_freed_memory
 
     path = resolve_model(base_model)
     if not torch.cuda.is_available():
@@ -89,6 +89,13 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
             raise
         raise InputError(f"--load_in {load_in} does not work on this machine "
                          f"({first_line(error)}); use --load_in bf16 or fp32") from error
+
+
+def precision(load_in: str) -> str:
+    """What auto means where nothing is trained: the checkpoint's own on a GPU, fp32 on a CPU."""
+    import torch
+
+    return load_in if load_in != "auto" else "checkpoint" if torch.cuda.is_available() else "fp32"
 
 
 def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
@@ -112,9 +119,13 @@ def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
     elif gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=not_reentrant)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
-    return with_cheap_dropout(get_peft_model(model, LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none",
-        fan_in_fan_out=transposed, task_type="CAUSAL_LM")))
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
+                        bias="none", fan_in_fan_out=transposed, task_type="CAUSAL_LM")
+    try:
+        return with_cheap_dropout(get_peft_model(model, config))
+    except ValueError as error:  # a mixture's experts with dropout, some layers of Mamba's
+        raise InputError(f"--lora_target_modules: {type(model).__name__} cannot have LoRA there "
+                         f"({first_line(error)})") from error
 
 
 def find_adapter(name: str) -> Path:
@@ -160,6 +171,29 @@ def output_head(model: "Module") -> "Module":
     return unwrapped(model).get_output_embeddings()
 
 
+def without_adapter(model: "Module") -> "Module":
+    """The Hugging Face model, whose layers hold the LoRA weights, without peft's wrapper."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def context_of(model: "Module") -> int | None:
+    """The longest input in tokens; models without learned or rotary positions state none."""
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextlib.contextmanager
+def evaluating(model: "Module") -> Iterator[None]:
+    """Evaluation mode, which is given back as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def unwrapped(model: "Module") -> "Module":
     """The Hugging Face model inside DDP and DeepSpeed wrappers (peft and compile forward calls).
 
@@ -168,11 +202,6 @@ def unwrapped(model: "Module") -> "Module":
     while "module" in model._modules:
         model = model._modules["module"]
     return model
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without the page of advice that libraries add."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _checked_folder(path: Path) -> str:
@@ -231,12 +260,18 @@ def _quantization(load_in: str, on_gpu: bool) -> tuple["object", "BitsAndBytesCo
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
+    from lm.quantized import forget_inputs
+
     if not is_bitsandbytes_available():
         raise InputError(f"--load_in {load_in} needs bitsandbytes, which is missing or broken here;"
                          " pip install bitsandbytes, or use --load_in bf16 or fp32")
     if load_in == "8bit":
+        forget_inputs()
         return (torch.float16 if on_gpu else torch.float32), BitsAndBytesConfig(load_in_8bit=True)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = torch.float32
+    if on_gpu:
+        emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.float16 if emulated else torch.bfloat16
     return dtype, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                      bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 

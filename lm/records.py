@@ -104,6 +104,11 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: str | Path, records: Iterable[Mapping]) -> None:
+    """Write JSON Lines so that a reader never sees half a file; the folder is there."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file so that a reader never sees half of it."""
     path = Path(path)
@@ -231,9 +236,8 @@ def _read_hub(name: str, split: str, data_dir: str | None = None) -> list[Record
     try:
         return load_dataset(name, split=split, **folder).to_list()
     except Exception as error:  # the Hub client raises many kinds; each means "not readable"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: not a file here, and the Hub dataset cannot be read "
-                         f"({reason})") from error
+                         f"({first_line(error)})") from error
 
 
 def _no_text(record: Record) -> str | None:
@@ -244,6 +248,11 @@ def _no_text(record: Record) -> str | None:
         if not text.isascii() and SURROGATE.search(text):
             return field
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the page of advice that libraries add."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def looks_like_hub_id(source: str) -> bool:

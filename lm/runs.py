@@ -14,13 +14,13 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.models import first_line
-from lm.records import InputError, sha256, write_json
+from lm.records import InputError, first_line, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +53,10 @@ def world_size(**options) -> int:
     if launched > 1 and missing:
         raise InputError(f"WORLD_SIZE is {launched}, but {', '.join(missing)} not set, so each "
                          "process would work alone; use torchrun --nproc_per_node=N")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise InputError(f"{here} processes on this node, which has {gpus} GPUs; use torchrun "
+                         f"--nproc_per_node={gpus} (GPUS={gpus} for a recipe)")
     options = {"timeout": timedelta(seconds=1800)} | options
     state = PartialState(cpu=not torch.cuda.is_available(), **options)
     if state.num_processes != launched:
@@ -60,6 +64,10 @@ def world_size(**options) -> int:
                          "use torchrun --nproc_per_node=N")
     if state.is_main_process:
         print(f"processes: {launched} ({state.distributed_type.value}) on {state.device.type}")
+        if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+            print(f"warning: this machine has nvidia-smi, but torch {torch.__version__} finds no "
+                  "GPU (`nvidia-smi` and torch.version.cuda tell which CUDA each knows); this run "
+                  "is on the CPU", file=sys.stderr)
         idle = torch.cuda.device_count() - 1
         if launched == 1 and idle > 0:
             print(f"note: {idle} more GPUs are idle; torchrun --nproc_per_node={idle + 1} "

@@ -125,16 +125,13 @@ def ids_in_pieces(tokenizer, texts: Sequence[str]) -> list[list[int]]:
         known = sum(map(len, pieces))
         after = tokenizer("".join(texts[place:]), add_special_tokens=False)["input_ids"]
         whole = left + [token for piece in pieces for token in piece]
-        size = max(_common_prefix(whole[::-1], after[::-1]) - known, 0)
+        size = max(common_start(whole[::-1], after[::-1]) - known, 0)
         pieces.insert(0, left[len(left) - size:])
         left = left[:len(left) - size]
     return [left, *pieces]
 
 
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two rows begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

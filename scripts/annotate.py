@@ -20,7 +20,6 @@ Exit code: 0 all are judged (but for a share of --max_failed); 1 more have faile
 are in the output; 2 nothing could be written (bad input, budget spent, server gone).
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.journal import append, by_content, digest, discard, open_journal
-from lm.models import load_tokenizer, resolve_model
+from lm.models import load_tokenizer, precision, resolve_model
 from lm.records import (
     InputError,
     Record,
@@ -40,11 +39,10 @@ from lm.records import (
     join_input,
     read_records,
     write_json,
-    write_text,
+    write_lines,
 )
 from lm.server import connect
 from lm.verdicts import JudgePrompt, load_judge_prompt
-from scripts.evaluate_judge import precision, read_templates
 from scripts.generate import fingerprint, load, noting_costs
 from scripts.self_reject import model_settings
 
@@ -155,6 +153,7 @@ def judge_prompt(judge: str, template: str) -> JudgePrompt:
 def check_jsft(settings: SimpleNamespace) -> None:
     """Find the model, and the templates of its training."""
     from self_judge.base import find_base
+    from self_judge.templates import load_templates
 
     if not settings.other_path:
         raise InputError("--judge jsft compares: it needs --other_path, another response to each "
@@ -164,7 +163,7 @@ def check_jsft(settings: SimpleNamespace) -> None:
     if not Path(template).is_file():
         raise InputError(f"--judge jsft: no such file {template}; name the YAML that has the "
                          "`templates` of the model's training with --template")
-    settings.templates = read_templates(template)
+    settings.templates = load_templates(template)
     if not settings.templates.rationale:
         raise InputError(f"{template}: has no decision_rationale.rationale, so the model was not "
                          "trained to say why; train one with configs/uf_jsft_pr.yaml")
@@ -338,8 +337,7 @@ def write_records(output: Path, records: list[Record]) -> None:
     if output.suffix == ".json":
         write_json(output, records)
     else:
-        write_text(output, "".join(json.dumps(record, ensure_ascii=False) + "\n"
-                                   for record in records))
+        write_lines(output, records)
 
 
 if __name__ == "__main__":

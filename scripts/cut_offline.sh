@@ -78,7 +78,7 @@ if [ ! -e "$DATA" ]; then
 fi
 case "$OBJECTIVE" in # the model refines what has no refinement; Shepherd and the critiques have
 ilf_*)
-    python scripts/refine.py --base_model_name_or_path "$BASE_MODEL" --data_path "$DATA" \
+    shared scripts/refine.py --base_model_name_or_path "$BASE_MODEL" --data_path "$DATA" \
         --output_path "$OUT/refined.jsonl"
     DATA=$OUT/refined.jsonl ;;
 esac

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.records import InputError, sha256, write_text
+from lm.records import InputError, first_line, sha256, write_text
 
 README = Path(__file__).resolve().parents[1] / "data" / "README.md"
 HUB_URL = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/main/(.+)")
@@ -292,8 +292,8 @@ def _from_hub(repository: str, name: str, folder: Path) -> Path:
     try:
         return Path(hf_hub_download(repository, name, repo_type="dataset", local_dir=folder))
     except Exception as error:  # the Hub client raises many kinds; each means "did not come"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ConnectionError(f"did not come from the Hub ({reason})") from error
+        raise ConnectionError("did not come from the Hub "
+                              f"({first_line(error).rstrip('.')})") from error
 
 
 def listing() -> str:

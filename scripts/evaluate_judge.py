@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.models import load_tokenizer
+from lm.models import load_tokenizer, precision
 from lm.records import InputError, Record, read_records, write_json, wrong_field
 from lm.shares import Share
 from lm.tables import table
@@ -67,11 +67,11 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
     """
     from self_judge.base import find_base, load_base
     from self_judge.judgment import judge_preferences
-    from self_judge.templates import decision_ids, judge_templates
+    from self_judge.templates import decision_ids, judge_templates, load_templates
 
     if limit < 0 or batch_tokens < 0:
         raise InputError(f"--limit {limit} and --batch_tokens {batch_tokens} must be 0 or more")
-    section = read_templates(templates)
+    section = load_templates(templates)
     preferences = read_pairs(pairs, section, seed)[:limit or None]
     for index, pair in enumerate(preferences):
         if pair.get("principle") not in (None, *section.judge):
@@ -106,29 +106,6 @@ def check_writable(output: Path) -> None:
                          "another") from error
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; give a file's name")
-
-
-def precision(load_in: str) -> str:
-    """The checkpoint's own on a GPU; on a CPU half precision is many times slower."""
-    import torch
-
-    return load_in if load_in != "auto" else "checkpoint" if torch.cuda.is_available() else "fp32"
-
-
-def read_templates(path: str) -> "Templates":
-    """The `templates` section of a file, which may be one of its own or a run's."""
-    import yaml
-
-    from self_judge.templates import load_templates
-
-    if Path(path).is_file():
-        try:
-            whole = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
-        if isinstance(whole, dict) and "templates" in whole:
-            return load_templates(whole["templates"])
-    return load_templates(path)
 
 
 def read_pairs(source: str, templates: "Templates", seed: int = 42) -> list[Record]:

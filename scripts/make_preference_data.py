@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.judges import WORD, judge_by_rules, satisfied
-from lm.records import Record
+from lm.records import Record, write_lines
 from scripts.make_sample_data import (
     NOT_DECENT,
     Answerer,
@@ -34,7 +34,6 @@ from scripts.make_sample_data import (
     make_prompts,
     stems_of,
     topic_of,
-    write_lines,
 )
 
 WORDS = "length_constraints:number_words"

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.judges import judge_by_rules, satisfied
-from lm.records import Record, read_records, write_text
+from lm.records import Record, read_records, write_lines
 
 # An answer about the exercise, in lists or in markup is not worth imitating.
 NOT_DECENT = re.compile(
@@ -266,10 +266,6 @@ def train_record(entry: dict) -> Record:
     return {"id": entry["id"], "instruction": entry["instruction"], "input": "",
             "output": entry["output"], "judgment": entry["judgment"],
             "constraints": entry["constraints"]}
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def report(pool: list[dict], chosen: list[dict], prompts: dict, greedy: dict,

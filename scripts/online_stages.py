@@ -20,7 +20,7 @@ import finetune_unlikelihood
 from cut.online import audit
 from lm.journal import digest
 from lm.models import resolve_model
-from lm.records import InputError, Record, read_records, write_json, write_text
+from lm.records import InputError, Record, read_records, write_json, write_lines
 from lm.runs import REPOSITORY
 from lm.server import FLAGS
 from lm.stages import done_once
@@ -64,8 +64,7 @@ def sample(settings: SimpleNamespace, number: int, pool: list[Record]) -> Record
         path.parent.mkdir(parents=True, exist_ok=True)
         begin = (number - 1) * settings.per_round
         drawn = pool[begin:begin + settings.per_round]
-        write_text(path, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" * settings.samples
-                                 for record in drawn))
+        write_lines(path, [record for record in drawn for _ in range(settings.samples)])
         return {"instructions": len(drawn), "pool": len(pool)}
 
     return stage(settings, number, "sample", {"pool": settings.instructions}, flags,

@@ -11,7 +11,6 @@ killed run goes on, a finished one is not made again, torchrun shares the work, 
 a server.
 """
 
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from lm.records import (
     join_input,
     read_records,
     write_json,
-    write_text,
+    write_lines,
 )
 from scripts import generate
 
@@ -81,9 +80,8 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
         answers = [answer["output"] for answer in read_records(str(refinements))]
         ends = generate.ends(refinements, str(prompts), "plain")
     refined = dict(zip(wanted, map(refinement_in, answers, ends), strict=True))
-    write_text(output_path, "".join(
-        json.dumps(record | ({"i_ans": refined[index]} if index in refined else {}),
-                   ensure_ascii=False) + "\n" for index, record in enumerate(records)))
+    write_lines(output_path, [record | ({"i_ans": refined[index]} if index in refined else {})
+                              for index, record in enumerate(records)])
     shortened = sum(HEADING in answer for answer in answers)
     print(summary(records, refined, shortened, output_path))
 

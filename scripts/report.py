@@ -35,6 +35,7 @@ PANELS = (
     ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins"), 1),
     ("Response length, tokens", ("response_length/chosen", "response_length/rejected"), 1),
     ("Learning rate", ("learning_rate",), 1))
+Panel = tuple[str, dict[str, list[tuple]]]  # a title, and the points of each line by its name
 STYLE = """\
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
@@ -84,20 +85,23 @@ def draw_curves(root: Path, files: Sequence[Path], output: Path) -> dict[str, Pa
     for path in files:
         if path.name != "trainer_state.json":
             continue
-        log = read(path).get("log_history", [])
-        panels = [(title, {name: [(entry["step"], scale * entry[name]) for entry in log
-                                  if entry.get(name) is not None] for name in names})
-                  for title, names, scale in PANELS]
-        panels = [(title, kept) for title, lines in panels
-                  if (kept := {name: points for name, points in lines.items() if points})]
-        if panels:
+        if panels := panels_of(read(path).get("log_history", [])):
             parts = path.parent.relative_to(root).parts or (root.resolve().name,)
             pictures[escaped("/".join(parts))] = output / f"{'-'.join(parts)}.png"
             draw(panels, output / f"{'-'.join(parts)}.png")
     return pictures
 
 
-def draw(panels: list[tuple[str, dict[str, list[tuple]]]], picture: Path) -> None:
+def panels_of(log: list[dict]) -> list[Panel]:
+    """What there is of `PANELS` in a training's log."""
+    panels = [(title, {name: [(entry["step"], scale * entry[name]) for entry in log
+                              if entry.get(name) is not None] for name in names})
+              for title, names, scale in PANELS]
+    return [(title, kept) for title, lines in panels
+            if (kept := {name: points for name, points in lines.items() if points})]
+
+
+def draw(panels: list[Panel], picture: str | Path) -> None:
     """The panels side by side, three a row."""
     import matplotlib
 

@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.journal import append, digest, discard, merge, open_journal, read_journal
-from lm.models import load_tokenizer, resolve_model
+from lm.models import load_tokenizer, precision, resolve_model
 from lm.records import InputError, Record, write_json
 from lm.tables import table
-from scripts.evaluate_judge import TEMPLATES, precision, read_templates
+from scripts.evaluate_judge import TEMPLATES
 from scripts.generate import (
     ALPACA_EVAL,
     answers,
@@ -90,13 +90,14 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
         overwrite: Start again even if there are samples.
     """
     from self_judge.base import find_base, load_base
+    from self_judge.templates import load_templates
 
     output = Path(output_path)
     sizes = sizes_of(nested, num_samples)
     outputs = [*(nested_file(output, size) for size in sizes), output]
     check_paths(outputs, data_path=data_path)
     check_flags(num_samples, temperature, top_p, max_new_tokens, batch_tokens)
-    section = read_templates(templates)
+    section = load_templates(templates)
     records = load_prompts(data_path, limit)
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.judges import judge_by_rules, satisfied
-from lm.records import InputError, Record, read_records
+from lm.records import InputError, Record, read_records, write_lines
 from scripts import make_sample_data
-from scripts.make_sample_data import make_prompts, write_lines
+from scripts.make_sample_data import make_prompts
 
 PARTS = {"rated": 1, "rated_half": 2, "rated_quarter": 4}
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from lm.annotators import Question
 from lm.generation import generate
+from lm.models import context_of
 from lm.verdicts import Judgment, negative
 from self_judge.judgment import Judgment as Verdict
 from self_judge.judgment import Pair, debias, judge_pairs
@@ -95,7 +96,7 @@ class JsftJudge:
 
     def _max_length(self) -> int:
         """Of a prompt with its decision, so that the rationale fits in behind it."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(self.model)
         return (context or MAX_LENGTH) - self.max_new_tokens
 
 

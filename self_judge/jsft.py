@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from trl import SFTConfig
 
-from lm import models, runs
+from lm import runs
 from lm.log_probs import check_head
-from lm.records import InputError
+from lm.records import InputError, first_line
 from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
@@ -60,7 +60,7 @@ def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> Jsf
             judge_templates=options.pop("judge_templates"),
             judge_options=options | {"max_length": launch.max_length(config)})
     except ValueError as error:  # peft knows no layers of this architecture, for example
-        raise InputError(f"{config.path}: {models.first_line(error)}") from error
+        raise InputError(f"{config.path}: {first_line(error)}") from error
     if not trainer.is_sharded():
         with trainer.compute_loss_context_manager():
             check_head(trainer.model, data.train[0]["input_ids"][:32])

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lm.models import unwrapped
+from lm.models import context_of
 from lm.records import InputError
 from lm.shares import Share, wilson
 from self_judge.templates import check_judge_template, decision_ids, judge_prompt_ids
@@ -118,7 +118,7 @@ def judge_pairs(model: "Module", tokenizer: "PreTrainedTokenizerBase", pairs: Se
     prompts = named(judge_templates)
     letters = {name: _letters(tokenizer, text, token_id_a, token_id_b)
                for name, text in prompts.items()}
-    context = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     max_length = min(max_length, context or max_length)
     if judge_batch_size:
         token_budget = min(token_budget or usual_budget(model), 2 * judge_batch_size * max_length)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from lm import models, runs
-from lm.records import InputError
+from lm.records import InputError, first_line
 from preprocess import MAX_LENGTH, has_split
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
@@ -86,7 +86,7 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
     try:
         arguments = kind(**options, **fixed, logging_nan_inf_filter=False)
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{config.path}: training_args: {models.first_line(error)}") from error
+        raise InputError(f"{config.path}: training_args: {first_line(error)}") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
     for note in config.notes if runs.is_main() else ():
         print(f"note: {note}")

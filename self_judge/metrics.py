@@ -16,7 +16,6 @@ from self_judge.pairs import Comparison
 
 PER_PAIR = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
             "logps/chosen", "logps/rejected")
-PER_TOKEN = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 PER_STEP = ("judge/pairs", "judge/margin", "judge/consistency", "judge/tie_rate",
             "judge/identical_rate", "judge/cut_rate", "query_cut_rate", "response_cut_rate",
             "response_length/chosen", "response_length/rejected",

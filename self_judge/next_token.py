@@ -11,7 +11,6 @@ its key-value cache is continued by each end. That takes a model whose every lay
 attention cache; others run whole prompts.
 """
 
-import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lm.generation import left_pad, token_budget_batches
-from lm.models import output_head, unwrapped
+from lm.models import evaluating, output_head, unwrapped, without_adapter
+from lm.templates import common_start
 
 # Tokens of a forward pass, padding included: enough to keep the device busy. More of them are no
 # faster, and need more padding: 64 prompts of 200 to 990 tokens came to 20,000 positions in passes
@@ -138,12 +138,6 @@ def best_groups(rows: Rows, some: Sequence[int]) -> tuple[int, list[Group]]:
     return saved, [Group(list(some), length)]
 
 
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two rows begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def run(model: nn.Module, part: Part, rows: Rows) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Each batch of a part with its rows' last logits, [R, V] in fp32."""
     if not part.groups:
@@ -218,23 +212,10 @@ def copy_rows(cache: DynamicCache, which: Tensor) -> DynamicCache:
 
 def can_share(model: nn.Module) -> bool:
     """Whether all the model remembers of a prompt is one key and one value a token and layer."""
-    from peft import PeftModel
-
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = without_adapter(model)
     known = inspect.signature(plain.forward).parameters
     return {"past_key_values", "position_ids", "attention_mask"} <= set(known) and all(
         type(layer) is DynamicLayer for layer in DynamicCache(config=plain.config).layers)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, which is given back as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def missing_forwards(model: nn.Module, forwards: int) -> int:

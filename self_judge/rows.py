@@ -23,16 +23,15 @@ def row_of(example: Mapping, templates: Templates, tokenizer, max_length: int) -
     A judge prompt is cut as at judgment (`judge_prompt_ids`). What is still too long loses its
     end, and with it the EOS: an answer that was cut does not teach where to stop.
     """
-    spans_of = _sft_spans if example["kind"] == "sft" else _judgment_spans
-    spans, cut = spans_of(example, templates, tokenizer, max_length)
+    spans, cut = ((_sft_spans(example, templates, tokenizer), False) if example["kind"] == "sft"
+                  else _judgment_spans(example, templates, tokenizer, max_length))
     ids = [token for span, _ in spans for token in span]
     mask = [int(learnt) for span, learnt in spans for _ in span]
     return {"input_ids": ids[:max_length], "completion_mask": mask[:max_length],
             "cut": cut or len(ids) > max_length}
 
 
-def _sft_spans(example: Mapping, templates: Templates, tokenizer,
-               max_length: int) -> tuple[list[Span], bool]:
+def _sft_spans(example: Mapping, templates: Templates, tokenizer) -> list[Span]:
     spans: list[Span] = []
     pieces = sft_pieces(example["messages"], templates, tokenizer)
     for place, (text, learnt) in enumerate(pieces):
@@ -42,7 +41,7 @@ def _sft_spans(example: Mapping, templates: Templates, tokenizer,
         elif place == len(pieces) - 1:
             to_ids = response_ids  # the last answer ends in EOS whatever the template writes
         spans.append((to_ids(tokenizer, text), learnt))
-    return spans, False
+    return spans
 
 
 def _judgment_spans(example: Mapping, templates: Templates, tokenizer,

@@ -11,9 +11,9 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 from trl import DPOConfig
 
-from lm import models, runs
+from lm import runs
 from lm.log_probs import check_head
-from lm.records import InputError
+from lm.records import InputError, first_line
 from lm.templates import prompt_ids
 from preprocess import self_judge_rows
 from self_judge import inputs, launch
@@ -111,7 +111,7 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
             processing_class=data.tokenizer, peft_config=launch.lora(config),
             **({} if _offline(config) else launch.judge_options(config, data.tokenizer)), **own)
     except ValueError as error:  # peft knows no layers of this architecture, for example
-        raise InputError(f"{config.path}: {models.first_line(error)}") from error
+        raise InputError(f"{config.path}: {first_line(error)}") from error
     if not trainer.is_sharded():
         with trainer.compute_loss_context_manager():
             check_head(trainer.model, prompt_ids(data.tokenizer, data.train[0]["query"])[:32])

@@ -240,8 +240,8 @@ def _yaml(name: str) -> dict:
         section = yaml.safe_load(_read(name, "templates"))
     except yaml.YAMLError as error:
         raise InputError(f"{name}: broken YAML ({' '.join(str(error).split())})") from error
-    if isinstance(section, Mapping) and set(section) == {"templates"}:
-        section = section["templates"]
+    if isinstance(section, Mapping) and "templates" in section:  # a run's config, whole
+        return read_section(section["templates"])
     if not isinstance(section, Mapping):
         raise InputError(f"{name}: holds no keys; expected {', '.join(KEYS)}")
     return dict(section)

@@ -34,14 +34,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from trl import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from lm.fused_head import score_responses_only
+from lm.fused_head import NOT_MEASURED, score_responses_only
 from lm.parts import InParts
 from lm.precision import FullPrecision
 from lm.records import InputError
@@ -63,7 +62,6 @@ from self_judge.inputs import (
 from self_judge.metrics import (
     PER_PAIR,
     PER_STEP,
-    PER_TOKEN,
     Means,
     Work,
     shown,
@@ -159,8 +157,7 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
         for scored in filter(None, (self.model, self.ref_model)):
             scored.register_forward_hook(self._scale_log_probs, with_kwargs=True)
             if not self.aux_loss_enabled:  # a mixture of experts' own loss is left to trl's head
-                plain = self.accelerator.unwrap_model(scored)
-                score_responses_only(plain.get_base_model() if is_peft_model(plain) else plain)
+                score_responses_only(self.accelerator.unwrap_model(scored))
         if sampling:
             self.engine = (HuggingFaceEngine(self, sampling) if sampling.engine == "hf"
                            else VllmEngine(self, sampling, self.row_length))
@@ -261,7 +258,7 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
             self.means[mode].add(name, total, count)
         metrics = self._metrics[mode]
         without_tokens = metrics["entropy"][-1] == 0  # on any process: trl notes zeros then
-        for name in PER_PAIR + PER_TOKEN * without_tokens:
+        for name in PER_PAIR + NOT_MEASURED * without_tokens:
             metrics[name].pop()
             if not metrics[name]:
                 del metrics[name]

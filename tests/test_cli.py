@@ -152,6 +152,10 @@ def test_help_may_be_asked_for_in_other_ways(type_in, arguments):
     ("open('/none/such')", "error: /none/such: No such file or directory\n", 2),
     ("raise OSError(28, 'No space left on device')", "error: No space left on device\n", 2),
     ("raise OSError('the Hub is away')", "error: the Hub is away\n", 2),
+    ("import torch; raise torch.OutOfMemoryError('CUDA out of memory.\\nadvice')",
+     "error: the GPU's memory is full (CUDA out of memory.); lower the flag for tokens or rows at "
+     "a time (--batch_tokens, --micro_batch_size); the same command goes on\n",
+     2),
     ("raise KeyboardInterrupt", "error: interrupted; run the same command again to continue\n",
      130),
 ])

@@ -15,9 +15,9 @@ from tiny_judge import save_tiny_judge
 from lm.models import load_model, load_tokenizer
 from lm.records import InputError
 from scripts import evaluate_judge
-from scripts.evaluate_judge import read_pairs, read_templates
+from scripts.evaluate_judge import read_pairs
 from self_judge.judgment import judge_metrics, judge_preferences
-from self_judge.templates import judge_templates
+from self_judge.templates import judge_templates, load_templates
 
 PRINCIPLES = "configs/templates/judge_uf_principles.yaml"
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
@@ -38,7 +38,7 @@ def write(path: Path, *records: dict) -> str:
 
 
 def test_pairs_of_each_schema(tmp_path, capsys):
-    plain, by_principle = read_templates(evaluate_judge.TEMPLATES), read_templates(PRINCIPLES)
+    plain, by_principle = load_templates(evaluate_judge.TEMPLATES), load_templates(PRINCIPLES)
     song = {"context": "User: Sing.", "chosen": "La la.", "rejected": "No."}
     assert read_pairs(write(tmp_path / "own", OWN, song, {**song, "principle": "honesty"}),
                       plain) == [song, song, {**song, "principle": "honesty"}]
@@ -60,7 +60,7 @@ def test_pairs_of_each_schema(tmp_path, capsys):
 def test_a_bad_record_is_named(record, message, tmp_path):
     with pytest.raises(InputError, match=message):
         read_pairs(write(tmp_path / "pairs.jsonl", OWN, record),
-                   read_templates(evaluate_judge.TEMPLATES))
+                   load_templates(evaluate_judge.TEMPLATES))
 
 
 def test_reports_what_the_judge_says(model, tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_reports_what_the_judge_says(model, tmp_path, capsys):
     tokenizer = load_tokenizer(model)
     judgments, asked = judge_preferences(
         load_model(model), tokenizer, records,
-        judge_templates(read_templates(PRINCIPLES), tokenizer))
+        judge_templates(load_templates(PRINCIPLES), tokenizer))
     shares = judge_metrics(judgments, asked)
     found = json.loads(output.read_text())
     assert set(found["metrics"]) == {"all", "helpfulness", "honesty"}

@@ -42,7 +42,7 @@ from transformers.integrations import integration_utils
 from cut import finetune
 from finetune_unlikelihood import main
 from lm import models, runs
-from lm.records import sha256
+from lm.records import InputError, sha256
 
 SCRIPT = "finetune_unlikelihood.py"
 HELD_OUT = 3
@@ -456,6 +456,26 @@ def test_processes_wait_half_an_hour_for_each_other_or_as_told(told, seconds, mo
                         SimpleNamespace(num_processes=1, is_main_process=False))
     assert runs.world_size(**told) == 1
     assert noted["timeout"].total_seconds() == seconds
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match=r"8 processes on this node, which has 2 GPUs; .*=2 "):
+        runs.world_size()
+
+
+def test_a_gpu_that_torch_does_not_find_is_told(monkeypatch, capsys):
+    """Or a 13B model would be trained on the CPU, for weeks."""
+    monkeypatch.setattr("shutil.which", {"nvidia-smi": "/usr/bin/nvidia-smi"}.get)
+    runs.world_size()
+    assert "warning: this machine has nvidia-smi, but torch" in capsys.readouterr().err
+
+
+def test_quantized_layers_are_not_compiled(train):
+    result = train("--torch_compile", load_in="8bit")
+    assert result.code == 2 and "--torch_compile gains nothing" in result.err
 
 
 def test_run_record(train, data):

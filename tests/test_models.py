@@ -4,7 +4,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lm import models
 from lm.dropout import CheapDropout
@@ -120,6 +125,23 @@ def test_lora_on_named_layers(tiny_llama, targets):
     names = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert names and all("up_proj" in name or "gate_proj" in name for name in names)
     assert len(names) == (4 if isinstance(targets, list) else 2)
+
+
+def test_layers_that_cannot_have_lora_are_one_line():
+    """A mixture's experts are one parameter, on which peft allows no dropout."""
+    config = MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    with pytest.raises(InputError, match=r"MixtralForCausalLM cannot have LoRA there .*dropout"):
+        models.add_lora(MixtralForCausalLM(config), 4, 8, 0.1, "all-linear")
+
+
+@pytest.mark.parametrize(("emulated", "dtype"), [(False, torch.bfloat16), (True, torch.float16)])
+def test_4bit_computes_in_what_the_gpu_can(emulated, dtype, monkeypatch):
+    """As the training around it: in fp16 on a T4 or V100."""
+    monkeypatch.setattr("torch.cuda.is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or not emulated)
+    found, quantization = models._quantization("4bit", on_gpu=True)
+    assert found == quantization.bnb_4bit_compute_dtype == dtype
 
 
 def test_loras_dropout_is_the_cheap_one(tiny_llama):
