@@ -269,6 +269,5 @@ def main(*overrides, config: str = "", show: int = 0, skip_bad: int = 0) -> None
                       f"the longest {lengths[-1]}")
 
 
-
 if __name__ == "__main__":
     run(main)

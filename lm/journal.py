@@ -105,8 +105,7 @@ def append(file: IO[str], *lines: Mapping) -> None:
 
 
 def merge(file: IO[str], others: Sequence[Path], settings: Mapping) -> None:
-    """Move the lines of other journals into an open one, but for those that a killed merge moved.
-    """
+    """Move other journals' lines into an open one, but for those that a killed merge moved."""
     there = set(map(json.dumps, read_journal(Path(file.name), settings) if others else ()))
     for other in others:
         lines = read_journal(other, settings)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CUT on a laptop: two CPU cores, 4 GB of memory, 5 to 7 minutes after the installs.
+# CUT on a laptop: two CPU cores, 4 GB of memory, 3 to 7 minutes after the installs.
 #
 #   bash scripts/quickstart.sh
 #

@@ -24,6 +24,7 @@ from scripts import (
     evaluate_ranking,
     evaluate_summarization,
     evaluate_vicuna,
+    plot_training,
     report,
 )
 from scripts.report_papers import MEASURES, commands_for, paper_tables
@@ -291,3 +292,12 @@ def test_broken_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text('{"benchmark": "vicuna", "model')
     with pytest.raises(InputError, match=r"results\.json: cannot be read as JSON"):
         report.main(str(tmp_path))
+
+
+def test_the_curves_of_one_training_need_not_be_cuts(tmp_path):
+    """DPO's log has rewards, and no likelihood part."""
+    log = [{"step": 1, "loss": 0.69, "rewards/margins": 0.1}, {"step": 1, "train_runtime": 2.0}]
+    write(tmp_path / "trainer_state.json", {"log_history": log})
+    assert [title for title, _ in report.panels_of(log)] == ["Loss", "Rewards"]
+    plot_training.main(str(tmp_path))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
