@@ -8,7 +8,6 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -268,12 +267,8 @@ def train(settings: SimpleNamespace, trainer: Trainer, checkpoint: str | None) -
 
 def save(settings: SimpleNamespace, trainer: Trainer, data: Data) -> None:
     """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end."""
-    with runs.full_disk_in_one_line(settings.output_dir):
-        trainer.save_model(settings.output_dir)
-        trainer.save_state()
+    runs.save_weights(trainer, settings.output_dir)
     if runs.is_main():
-        for weights in Path(settings.output_dir).glob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors keeps others out
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.write_run(settings.output_dir, settings.run, status="finished",
                        counts=vars(data.counts), steps=trainer.state.global_step,

@@ -24,6 +24,7 @@ from lm.records import InputError, first_line, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import Trainer
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 RUN_FILE = "run.json"
@@ -168,6 +169,20 @@ def previous_run(output_dir: str, run: dict, free: tuple[str, ...] = (),
         raise InputError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); "
                          f"choose another output_dir, or start over with {again}")
     return before["status"]
+
+
+def save_weights(trainer: "Trainer", output_dir: str) -> None:
+    """Adapter (or model) and tokenizer, each file in one piece, and the trainer's log history."""
+    folder = Path(output_dir)
+    with full_disk_in_one_line(output_dir):
+        trainer.save_model(str(folder / ".saving"))
+        trainer.accelerator.wait_for_everyone()
+        if is_main():
+            for file in (folder / ".saving").iterdir():
+                file.chmod(0o644)  # safetensors keeps others out
+                os.replace(file, folder / file.name)
+            (folder / ".saving").rmdir()
+        trainer.save_state()
 
 
 def write_run(output_dir: str, run: dict, **more: object) -> None:

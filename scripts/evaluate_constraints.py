@@ -21,6 +21,7 @@ from lm.cli import run
 from lm.judges import satisfied
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
+from lm.tables import table
 
 
 def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int = 3) -> None:
@@ -40,7 +41,7 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
                 for name, texts in answers.items()}
     shares = {name: shares_by_kind(records, held) for name, held in verdicts.items()}
     changes = {name: changed(verdicts, name) for name in list(verdicts)[1:]}
-    print("\n".join(table(shares) + change_lines(shares, changes)))
+    print("\n".join(table_of(shares) + change_lines(shares, changes)))
     print("\n".join(side_by_side(records, answers, verdicts, show)))
     if output:
         write_json(output, results(prompts, records, answers, verdicts, shares, changes))
@@ -109,7 +110,7 @@ def changed(verdicts: dict[str, list[list[bool]]], name: str) -> dict[str, int]:
     return {"gained": pairs.count((False, True)), "lost": pairs.count((True, False))}
 
 
-def table(shares: dict[str, dict[str, Share]]) -> list[str]:
+def table_of(shares: dict[str, dict[str, Share]]) -> list[str]:
     """Lines: a row a kind, a column a model, and the difference to the baseline in points."""
     names = list(shares)
     base = shares[names[0]]
@@ -122,13 +123,8 @@ def table(shares: dict[str, dict[str, Share]]) -> list[str]:
         for name in names[1:]:
             row += [str(shares[name][kind]), _points(base[kind], shares[name][kind])]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0])]
-                       + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:],
-                                                                   strict=True)])
-             for row in (heads, *rows)]
-    return [lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1],
-            "[ , ]: 95 % interval (Wilson), in per cent"]
+    head, rule, *lines, last = table(heads, rows).split("\n")
+    return [head, rule, *lines, rule, last, "[ , ]: 95 % interval (Wilson), in per cent"]
 
 
 def change_lines(shares: dict[str, dict[str, Share]], changes: dict[str, dict]) -> list[str]:

@@ -236,25 +236,17 @@ def train(config: Config, trainer: Trainer, checkpoint: str | None) -> None:
 
 def save(config: Config, run: dict, trainer: Trainer, names: Sequence[str],
          more: str = "") -> None:
-    """Adapter (or model) and tokenizer, file by file in one piece; the run record last.
+    """Adapter (or model), tokenizer, log history; the run record last, as the sign of the end.
 
     It holds, and the last lines tell, first and last value of what was logged by `names`; also the
     tokens of all rows that were trained on, repeated ones as often as they were.
     """
-    folder = Path(config.training_args["output_dir"])
-    with runs.full_disk_in_one_line(str(folder)):
-        trainer.save_model(str(folder / ".saving"))
-        trainer.accelerator.wait_for_everyone()
-        if runs.is_main():
-            for file in (folder / ".saving").iterdir():
-                file.chmod(0o644)  # safetensors keeps others out
-                os.replace(file, folder / file.name)
-            (folder / ".saving").rmdir()
-        trainer.save_state()
+    folder = config.training_args["output_dir"]
+    runs.save_weights(trainer, folder)
     if runs.is_main():
         found = first_and_last(trainer.state.log_history, names)
         steps = trainer.state.global_step
-        runs.write_run(str(folder), run, status="finished", steps=steps,
+        runs.write_run(folder, run, status="finished", steps=steps,
                        tokens=trainer.state.num_input_tokens_seen, **found)
         print(f"trained {steps} steps on {len(trainer.train_dataset)} rows: "
               + ", ".join(f"{name} {first:.4f} -> {last:.4f}"

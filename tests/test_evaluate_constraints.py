@@ -15,7 +15,7 @@ from scripts.evaluate_constraints import (
     named_answers,
     read_prompts,
     shares_by_kind,
-    table,
+    table_of,
     wilson,
 )
 
@@ -76,7 +76,7 @@ def test_gains_and_losses_are_counted_against_the_first_model():
 def test_table_is_aligned_and_shows_the_difference():
     shares = {"base": {"keywords:existence": wilson(3, 12), "all": wilson(30, 60)},
               "a much longer name": {"keywords:existence": wilson(6, 12), "all": wilson(45, 60)}}
-    lines = table(shares)
+    lines = table_of(shares)
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "3/12" in lines[2] and "6/12" in lines[2] and lines[2].endswith("+25.0")
     assert lines[-2].startswith("all") and "75 %" in lines[-2]
