@@ -125,7 +125,7 @@ def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
         return with_cheap_dropout(get_peft_model(model, config))
     except ValueError as error:  # a mixture's experts with dropout, some layers of Mamba's
         raise InputError(f"--lora_target_modules: {type(model).__name__} cannot have LoRA there "
-                         f"({first_line(error)})") from error
+                         f"({first_line(error)}); choose other layers") from error
 
 
 def find_adapter(name: str) -> Path:
