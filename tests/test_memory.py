@@ -15,20 +15,21 @@ from lm.memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for _ in range(3):  # as the steps of a training do
+for _ in range(6):  # as the steps of a training do; the heap has grown to its size by the fourth
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.ones(5_000_000) for _ in range(10)]
+    # 48 MB: glibc's own threshold rises to the blocks that are freed, but to 32 MB at most.
+    activations = [torch.ones(12_000_000) for _ in range(4)]
     del activations
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def page_faults(how: str) -> int:
-    """For 200 MB that the process had twice before."""
+    """For 192 MB that the process had five times before."""
     return int(subprocess.run([sys.executable, "-c", AGAIN, how], check=True, text=True,
                               capture_output=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_memory_is_kept():
-    assert page_faults("kept") < 0.5 * page_faults("given back")
+    assert page_faults("kept") < 0.1 * page_faults("given back")
