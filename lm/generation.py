@@ -60,7 +60,7 @@ def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     if not isinstance(prompts, Mapping):
         prompts = dict(enumerate(prompts))
     rows = {index: ids_of(tokenizer, prompt) for index, prompt in prompts.items()}
-    _check_lengths(rows, model, max_new_tokens)
+    check_lengths(rows, context_of(model), max_new_tokens)
     return _generate(model, tokenizer, rows, max_new_tokens, token_budget, temperature, top_p,
                      seed, synced_gpus)
 
@@ -177,9 +177,9 @@ def find_place(mass: Tensor, uniform: Tensor) -> Tensor:
     return below.sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
 
 
-def _check_lengths(rows: Mapping[Hashable, list[int]], model: "PreTrainedModel",
-                   max_new_tokens: int) -> None:
-    context = context_of(model)
+def check_lengths(rows: Mapping[Hashable, list[int]], context: int | None,
+                  max_new_tokens: int) -> None:
+    """Stop at a prompt that is empty, or too long for the model's context of so many tokens."""
     for index, row in rows.items():
         if not row:
             raise InputError(f"prompt {index}: is empty")

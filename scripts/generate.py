@@ -4,7 +4,7 @@
     python scripts/generate.py --base_model_name_or_path smollm2-135m-instruct \\
         --data_path data/sample/heldout.jsonl --output_path runs/base.json --max_new_tokens 128
     torchrun --nproc_per_node=8 scripts/generate.py ...  # or accelerate launch: a share on each GPU
-    vllm serve saved_models/cut-13b  # or any other OpenAI-compatible server, then
+    vllm serve saved_models/cut-13b --generation-config vllm  # or another such server, then
     python scripts/generate.py --base_model_name_or_path saved_models/cut-13b \\
         --base_url http://localhost:8000/v1 --output_path saved_models/cut-13b/alpaca_eval.json
 
@@ -13,6 +13,8 @@ OUTPUT.responses.1.jsonl and so on); after a stop, even a kill, the same command
 was, with any number of processes. A response counts for its prompt wherever that stands now: when
 some prompts were added, removed or moved, only new ones are answered. A finished output is kept,
 with its settings beside it, and reused.
+Without `--generation-config vllm`, vLLM's server adds the model's own defaults, such as a
+repetition penalty, to what it is asked.
 Differs from the released script: batches, resumes, and decodes the new tokens only (it split the
 text at the first "### Response:", even one inside an instruction).
 """
@@ -115,7 +117,8 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
         price_out: the same for new tokens.
         cache: folder that keeps the server's responses for other runs; empty is none.
-        engine: hf (transformers), or vllm where it is installed, in this process on one GPU.
+        engine: hf (transformers), or vllm where it is installed, by one process; it makes bf16 of
+            a checkpoint in fp32 on a GPU (--load_in fp32 does not).
     """
     from tqdm import tqdm
 
@@ -184,9 +187,9 @@ def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str)
     if base_url and peft_model_path:
         raise InputError("--peft_model_path is for models that run here; let the server load the "
                          "adapter and name it with --base_model_name_or_path")
-    if engine == "vllm" and (base_url or peft_model_path or load_in != "auto"):
-        raise InputError("--engine vllm takes a whole model as it is stored, without --base_url, "
-                         "--peft_model_path and --load_in; merge.py merges an adapter")
+    if engine == "vllm" and (base_url or peft_model_path or load_in in ("8bit", "4bit")):
+        raise InputError("--engine vllm takes a whole model, without --base_url, --peft_model_path "
+                         "and --load_in 8bit or 4bit; merge.py merges an adapter")
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or use "
                          "--engine hf")
@@ -357,7 +360,8 @@ def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
     if engine == "vllm":
         from lm.vllm_engine import generate_with_vllm
 
-        return generate_with_vllm(model_path, load_tokenizer(model_path), prompts, **sampling)
+        return generate_with_vllm(model_path, load_tokenizer(model_path), prompts,
+                                  load_in=load_in, **sampling)
     from lm.generation import generate
 
     model, tokenizer = load(model_path, adapter, load_in)

@@ -9,8 +9,8 @@ seed, step and the prompt's key, not from its batch, its process or a restart.
 started, trl's `vllm_client.py` says (`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
 --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs
 -1`). Its requests take no seed of their own, so its samples are not repeated by a run that is
-continued. vLLM needs a machine of its own kind, and no test runs it: what is tested is what goes
-into it and what comes out.
+continued. The server needs CUDA. tests/test_vllm.py runs the colocated engine where vLLM is
+installed; CI tests what goes into it and what comes out.
 """
 
 import contextlib
