@@ -6,22 +6,25 @@
     python scripts/annotate.py ... --judge local --model runs/ai_judge/model  # train_ai_judge.sh
     python scripts/annotate.py ... --judge jsft --model runs/uf_jsft_pr \\
         --other_path runs/round1/second_samples.json             # generate.py with another --seed
+    torchrun --nproc_per_node=8 scripts/annotate.py ...     # local, jsft: a share on each GPU
     python scripts/annotate.py ... --judge rules                     # records with `constraints`
     python scripts/annotate.py ... --judge human --sheet to_fill_in.csv
 
 A record of the output is that of the input with `judgment`: null where nothing is wrong with the
-response, else what is. Each judgment goes to OUTPUT.judgments.jsonl at once, so that a stop, even
-a kill, costs only what was under way; the same command goes on. A judgment counts for its response
-wherever that stands now: once records were added, removed or moved, only new ones are judged. One
-that failed (error, refusal, no verdict) is told there and left out of the output, so nothing can
-train on it; the same command asks for those again. OUTPUT.summary.json has counts and cost.
+response, else what is. Each judgment goes to OUTPUT.judgments.jsonl at once (of further processes,
+to OUTPUT.judgments.process1.jsonl and so on), so that a stop, even a kill, costs only what was
+under way; the same command goes on, with any number of processes. A judgment counts for its
+response wherever that stands now: once records were added, removed or moved, only new ones are
+judged. One that failed (error, refusal, no verdict) is told there and left out of the output, so
+nothing can train on it; the same command asks for those again. OUTPUT.summary.json has counts and
+cost.
 
 Exit code: 0 all are judged (but for a share of --max_failed); 1 more have failed, and the others
 are in the output; 2 nothing could be written (bad input, budget spent, server gone).
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -30,8 +33,9 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, by_content, digest, discard, open_journal
+from lm.journal import append, by_content, digest, merge, open_journal
 from lm.models import load_tokenizer, precision, resolve_model
+from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
 from lm.records import (
     InputError,
     Record,
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from lm.server import Server
 
 JUDGES = ("server", "local", "jsft", "rules", "human")
+IN_PROCESS = ("local", "jsft")  # models, of which each process may have one
 MODEL_IS = {"server": "the name by which the server knows it",
             "local": "a folder, or smollm2-135m-instruct", "jsft": "its folder"}
 # Fields that speak of an earlier judgment.
@@ -104,21 +109,28 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
     output = Path(output_path)
     if output.resolve() == Path(data_path).resolve():
         raise InputError("--output_path is --data_path; choose another, so that both are kept")
+    place, processes = launched(alone="" if judge in IN_PROCESS else f"--judge {judge}")
+    journal = journal_file(output)
     if overwrite:
-        discard(journal_file(output))
-    elif output.exists() and not journal_file(output).exists():
+        discard_parts(journal, place, processes)
+    elif output.exists() and not journal.exists():
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
                          "choose another --output_path, or --overwrite")
     contents = contents_of(judge, records)
-    file, lines = open_journal(journal_file(output), identity(settings))
+    file, lines = open_journal(part_of(journal, place), identity(settings))
     with file:
-        judged = by_content((line for line in lines if line.get("status") == "ok"), contents)
-        if judged:
-            print(f"{output}: {len(judged)} of {len(records)} are judged already")
-        spent = spent_by(lines)
-        if len(judged) < len(records):
-            spent = annotate(settings, records, contents, judged, lines, file)
-        failed = finish(settings, count(records, judged) | spent, records, judged)
+        done, _ = judged(settings, contents)
+        if done and place == 0:
+            print(f"{output}: {len(done)} of {len(records)} are judged already")
+        mine = sorted(share([len(record["output"]) for record in records], place, processes))
+        if left := [index for index in mine if index not in done]:
+            annotate(settings, {index: records[index] for index in left}, contents, lines, file,
+                     {"total": len(mine), "initial": len(mine) - len(left), "disable": place > 0})
+        wait(processes)
+        if place > 0:
+            return
+        merge(file, parts(journal)[1:], identity(settings))
+        failed = finish(settings, records, contents)
     if failed > max_failed * len(records):
         sys.exit(1)
 
@@ -220,9 +232,21 @@ def journal_file(output: Path) -> Path:
     return output.with_name(output.name + ".judgments.jsonl")
 
 
-def annotate(settings: SimpleNamespace, records: list[Record], contents: list[str],
-             judged: dict[int, Record], lines: list[Record], file: IO[str]) -> dict[str, float]:
-    """Ask for what is not `judged`; note it there and in the journal at once. What all took.
+def judged(settings: SimpleNamespace,
+           contents: Sequence[str]) -> tuple[dict[int, Record], dict[int, Record]]:
+    """The judgments of the responses with these contents, by place, and those that failed."""
+    ok, failed = [], []
+    for line in read_parts(journal_file(Path(settings.output_path)), identity(settings)):
+        if "status" in line:
+            (ok if line["status"] == "ok" else failed).append(line)
+    good = by_content(ok, contents)
+    return good, {index: line for index, line in by_content(failed, contents).items()
+                  if index not in good}
+
+
+def annotate(settings: SimpleNamespace, records: Mapping[int, Record], contents: Sequence[str],
+             lines: list[Record], file: IO[str], bar: dict) -> None:
+    """Ask about these records; note each judgment in the journal at once, under tqdm's `bar`.
 
     `lines` are what the journal has so far; the budget goes on from them.
     """
@@ -230,29 +254,24 @@ def annotate(settings: SimpleNamespace, records: list[Record], contents: list[st
 
     from lm.annotators import Question
 
-    questions = {index: Question.of(record) for index, record in enumerate(records)
-                 if index not in judged}
+    questions = {index: Question.of(record) for index, record in records.items()}
     judge, server = make_judge(settings)
     spent = dict
     if server:
         server.budget.go_on_from(lines)
         print(server.estimate(judge.requests(questions)))
         spent = server.budget.spent
-    bar = tqdm(judge(questions), total=len(records), initial=len(judged), unit="judgment")
+    progress = tqdm(judge(questions), unit="judgment", **bar)
     try:
         with noting_costs(file, server):
-            for index, judgment in bar:
-                judged[index] = {
-                    "index": index, "content": contents[index], "status": judgment.status,
-                    "judgment": judgment.text, "error": judgment.error, "raw": judgment.raw,
-                    **spent()}
-                append(file, judged[index])
+            for index, judgment in progress:
+                append(file, {"index": index, "content": contents[index],
+                              "status": judgment.status, "judgment": judgment.text,
+                              "error": judgment.error, "raw": judgment.raw, **spent()})
                 if server:
-                    bar.set_postfix_str(f"${server.budget.cost:.2f}")
+                    progress.set_postfix_str(f"${server.budget.cost:.2f}")
     except InputError as error:
-        counts = count(records, judged) | spent_by([*lines, spent()])
-        raise InputError(f"{error} ({told(counts)})") from error
-    return spent_by([*lines, spent()])
+        raise InputError(f"{error} ({told(count(settings, contents))})") from error
 
 
 def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
@@ -280,21 +299,19 @@ def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
     return annotators.ServerJudge(server, **asked), server
 
 
-def finish(settings: SimpleNamespace, counts: Mapping[str, float], records: list[Record],
-           judged: dict[int, Record]) -> int:
+def finish(settings: SimpleNamespace, records: list[Record], contents: Sequence[str]) -> int:
     """Write the output and its summary; how many judgments have failed."""
     output = Path(settings.output_path)
-    good = [record_of(record, judged[index]) for index, record in enumerate(records)
-            if judged[index]["status"] == "ok"]
+    counts = count(settings, contents)
+    done, failed = judged(settings, contents)
     print(f"{output}: {told(counts)}")
-    failed = {index: line for index, line in judged.items() if line["status"] == "failed"}
     for index, line in list(failed.items())[:3]:
         print(f"  record {index} failed: {line['error']}")
     if failed:
         print(f"  the same command asks for these {len(failed)} again; {journal_file(output)} has "
               "the judge's words")
-    if good:
-        write_records(output, good)
+    if done:
+        write_records(output, [record_of(records[index], line) for index, line in done.items()])
     else:
         output.unlink(missing_ok=True)  # one that --overwrite was to replace
     write_json(output.with_name(output.name + ".summary.json"),
@@ -302,18 +319,15 @@ def finish(settings: SimpleNamespace, counts: Mapping[str, float], records: list
     return len(failed)
 
 
-def count(records: list[Record], judged: dict[int, Record]) -> dict[str, int]:
-    """Judgments by kind."""
-    ok = [line for line in judged.values() if line["status"] == "ok"]
-    positive = sum(line["judgment"] is None for line in ok)
-    return {"responses": len(records), "positive": positive, "negative": len(ok) - positive,
-            "failed": len(judged) - len(ok)}
-
-
-def spent_by(lines: list[Record]) -> dict[str, float]:
-    """What a journal's judgments took, those of records that are no longer there included."""
-    return {name: max((line.get(name, 0) for line in lines), default=0)
-            for name in ("requests", "cost")}
+def count(settings: SimpleNamespace, contents: Sequence[str]) -> dict[str, float]:
+    """Judgments by kind, and what all took, those of records that are no longer there included."""
+    done, failed = judged(settings, contents)
+    positive = sum(line["judgment"] is None for line in done.values())
+    lines = read_parts(journal_file(Path(settings.output_path)), identity(settings))
+    return {"responses": len(contents), "positive": positive, "negative": len(done) - positive,
+            "failed": len(failed),
+            **{name: max((line.get(name, 0) for line in lines), default=0)
+               for name in ("requests", "cost")}}
 
 
 def told(counts: Mapping[str, float]) -> str:

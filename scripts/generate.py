@@ -9,10 +9,10 @@
         --base_url http://localhost:8000/v1 --output_path saved_models/cut-13b/alpaca_eval.json
 
 Each finished response goes to OUTPUT.responses.jsonl at once (of further processes, to
-OUTPUT.responses.1.jsonl and so on); after a stop, even a kill, the same command goes on where it
-was, with any number of processes. A response counts for its prompt wherever that stands now: when
-some prompts were added, removed or moved, only new ones are answered. A finished output is kept,
-with its settings beside it, and reused.
+OUTPUT.responses.process1.jsonl and so on); after a stop, even a kill, the same command goes on
+where it was, with any number of processes. A response counts for its prompt wherever that stands
+now: when some prompts were added, removed or moved, only new ones are answered. A finished output
+is kept, with its settings beside it, and reused.
 Without `--generation-config vllm`, vLLM's server adds the model's own defaults, such as a
 repetition penalty, to what it is asked.
 Differs from the released script: batches, resumes, and decodes the new tokens only (it split the
@@ -20,13 +20,10 @@ text at the first "### Response:", even one inside an instruction).
 """
 
 import contextlib
-import glob
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import NoneType
 from typing import IO, TYPE_CHECKING
@@ -34,16 +31,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import (
-    append,
-    by_content,
-    check_settings,
-    digest,
-    discard,
-    merge,
-    open_journal,
-    read_journal,
-)
+from lm.journal import append, by_content, check_settings, digest, merge, open_journal
 from lm.models import (
     find_adapter,
     load_adapter,
@@ -52,6 +40,7 @@ from lm.models import (
     precision,
     resolve_model,
 )
+from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
 from lm.records import (
     InputError,
     Record,
@@ -61,7 +50,6 @@ from lm.records import (
     read_records,
     write_json,
 )
-from lm.runs import world_size
 from lm.server import connect
 from lm.templates import load_template
 
@@ -73,7 +61,6 @@ if TYPE_CHECKING:
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
 ENGINES = ("hf", "vllm")
-LONGEST_WAIT = timedelta(days=7)  # of processes for each other
 # Fields of a record that speak of another response than the one made here.
 OF_ANOTHER_RESPONSE = ("input", "output", "judgment", "score", "reason", "i_ans", "completions")
 
@@ -141,13 +128,12 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         "template": template_text(template), "prompts": digest(records),
         "generator": generator or (adapter or model_path).resolve().name,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    place, processes = launched(alone=bool(base_url) or engine == "vllm")
+    place, processes = launched(alone="--base_url" if base_url else
+                                "--engine vllm" if engine == "vllm" else "")
+    journal = journal_file(output)
     if overwrite:
-        if place == 0:
-            for file in journal_files(output):
-                discard(file)
-            settings_file(output).unlink(missing_ok=True)
-        wait(processes)
+        discard_parts(journal, place, processes)
+        settings_file(output).unlink(missing_ok=True)
     elif is_done(output, settings):
         if place == 0:
             print(f"{output}: already there, made with the same settings; --overwrite makes it "
@@ -157,7 +143,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     prompts = prompts_of(records, template)
     contents = [digest(prompt) for prompt in prompts]
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-    file, lines = open_journal(journal_file(output, place), bound(settings))
+    file, lines = open_journal(part_of(journal, place), bound(settings))
     with file:
         done = finished(output, settings, contents)
         if not done and settings_file(output).exists():  # all prompts are others: a mistake?
@@ -177,7 +163,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         wait(processes)
         if place == 0:
             write_output(output, records, settings, finished(output, settings, contents))
-            gather(output, settings, file)
+            merge(file, parts(journal)[1:], bound(settings))
 
 
 def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str) -> None:
@@ -193,39 +179,6 @@ def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str)
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or use "
                          "--engine hf")
-
-
-def launched(alone: bool) -> tuple[int, int]:
-    """This process's place, and how many processes share the prompts."""
-    if not alone:
-        from accelerate import PartialState
-
-        processes = world_size(timeout=LONGEST_WAIT)
-        return PartialState().process_index, processes
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("with --base_url or --engine vllm one process makes all responses; start "
-                         "it without a launcher")
-    return 0, 1
-
-
-def wait(processes: int) -> None:
-    """Until all processes have come as far."""
-    if processes > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-
-
-def share(lengths: Sequence[int], place: int, processes: int) -> list[int]:
-    """The indices that a process answers: its part of the long ones and of the short ones.
-
-    They follow from its place alone, so that no two processes ever answer the same one.
-
-    >>> share([5, 1, 9, 7], place=0, processes=2)
-    [2, 0]
-    """
-    longest_first = sorted(range(len(lengths)), reverse=True, key=lengths.__getitem__)
-    return longest_first[place::processes]
 
 
 def load_prompts(source: str, limit: int) -> list[Record]:
@@ -278,13 +231,8 @@ def fingerprint(folder: Path | None) -> str:
     return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
-def journal_file(output: Path, place: int = 0) -> Path:
-    return output.with_name(f"{output.name}.responses{f'.{place}' if place else ''}.jsonl")
-
-
-def journal_files(output: Path) -> list[Path]:
-    """Those that are there, of however many processes."""
-    return sorted(output.parent.glob(glob.escape(output.name) + ".responses*.jsonl"))
+def journal_file(output: Path) -> Path:
+    return output.with_name(output.name + ".responses.jsonl")
 
 
 def settings_file(output: Path) -> Path:
@@ -308,7 +256,7 @@ def is_done(output: Path, settings: dict) -> bool:
     """
     if not output.exists():
         return False
-    journals = journal_files(output)
+    journals = parts(journal_file(output))
     if not settings_file(output).exists():  # they are written after it
         if journals:
             return False
@@ -323,7 +271,7 @@ def is_done(output: Path, settings: dict) -> bool:
 
 def finished(output: Path, settings: dict, contents: Sequence[str]) -> dict[int, Record]:
     """The responses in the journals to the prompts with these contents, by place."""
-    lines = [line for file in journal_files(output) for line in read_journal(file, bound(settings))]
+    lines = read_parts(journal_file(output), bound(settings))
     return by_content((line for line in lines if "index" in line), contents)
 
 
@@ -417,12 +365,6 @@ def write_output(output: Path, records: list[Record], settings: dict,
     write_json(settings_file(output), settings)
     cut = sum(line["finish_reason"] == "length" for line in done.values())
     print(f"{output}: {len(records)} responses, {cut} of them cut at max_new_tokens")
-
-
-def gather(output: Path, settings: dict, file: IO[str]) -> None:
-    """All processes' lines in the first one's journal, which is open; then the others go."""
-    first = journal_file(output)
-    merge(file, [path for path in journal_files(output) if path != first], bound(settings))
 
 
 if __name__ == "__main__":

@@ -130,8 +130,12 @@ def ask(settings: SimpleNamespace, responses: Path, output: Path, flags: Mapping
     """Have responses judged; the counts."""
     summary = output.with_name(output.name + ".summary.json")
     summary.unlink(missing_ok=True)  # an earlier one tells nothing of this run
-    execute(settings, "scripts/annotate.py", data_path=responses, output_path=output,
+    processes = settings.gpus if settings.judge in annotate.IN_PROCESS else 1
+    execute(settings, "scripts/annotate.py", processes, data_path=responses, output_path=output,
             max_failed=settings.max_failed, may_fail=True, **flags)  # failures are audited
+    if not summary.exists():  # torchrun's exit code is always 1
+        raise InputError("scripts/annotate.py stopped; what it said stands above. Once that is "
+                         "mended, the same command goes on here")
     told = json.loads(summary.read_text(encoding="utf-8"))
     return {key: value for key, value in told.items() if key != "settings"}
 

@@ -18,7 +18,6 @@ them.
 """
 
 import functools
-import glob
 import itertools
 import os
 import sys
@@ -29,20 +28,13 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, discard, merge, open_journal, read_journal
+from lm.journal import append, digest, merge, open_journal, read_journal
 from lm.models import load_tokenizer, precision, resolve_model
+from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
 from lm.records import InputError, Record, write_json
 from lm.tables import table
 from scripts.evaluate_judge import TEMPLATES
-from scripts.generate import (
-    ALPACA_EVAL,
-    answers,
-    fingerprint,
-    launched,
-    load_prompts,
-    share,
-    wait,
-)
+from scripts.generate import ALPACA_EVAL, answers, fingerprint, load_prompts
 
 if TYPE_CHECKING:
     from self_judge.base import Base
@@ -223,18 +215,18 @@ def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool],
     first one plays with all, and finds everything noted. The last of the outputs is the one that
     the others, and a journal of its own, are named after.
     """
-    place, processes = launched(alone=False)
+    place, processes = launched()
     file, lines = open_samples(outputs, journal, settings, overwrite, place, processes)
     with file:
         if processes > 1:
             if mine := share(list(map(len, queries)), place, processes):
                 play(mine, lines, file, place > 0)
             wait(processes)
-            lines = read_samples(journal, settings)
+            lines = read_parts(journal, settings)
         if place:
             return None
         found = play(range(len(queries)), lines, file, processes > 1)
-        merge(file, further_journals(journal), settings)
+        merge(file, parts(journal)[1:], settings)
         if journal != journal_of(outputs[-1]):
             notes = [{"written": name_beside(journal, path)} for path in outputs]
             append(file, *(note for note in notes if note not in lines))
@@ -244,17 +236,13 @@ def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool],
 def open_samples(outputs: Sequence[Path], journal: Path, settings: dict, overwrite: bool,
                  place: int, processes: int) -> tuple[IO[str], list[Record]]:
     """This process's journal of samples and verdicts, and the lines of all processes' journals."""
-    if overwrite and place == 0:
-        for path in (journal, *further_journals(journal)):
-            discard(path)
-    wait(processes)
-    if not overwrite:
+    if overwrite:
+        discard_parts(journal, place, processes)
+    else:
         check_outputs(outputs, journal, settings)
-    own = journal.with_name(
-        f"{journal.stem}.process{place}{journal.suffix}") if place else journal
-    file, _ = open_journal(own, settings)
+    file, _ = open_journal(part_of(journal, place), settings)
     wait(processes)  # before another process adds to its own
-    lines = read_samples(journal, settings)
+    lines = read_parts(journal, settings)
     if lines and place == 0:
         drawn = sum("sample" in line for line in lines)
         judged = sum("probabilities" in line for line in lines)
@@ -284,18 +272,6 @@ def check_outputs(outputs: Sequence[Path], journal: Path, settings: dict) -> Non
 def name_beside(journal: Path, output: Path) -> str:
     """An output's name as a journal notes it, the same when both are moved."""
     return os.path.relpath(output, journal.parent)
-
-
-def further_journals(journal: Path) -> list[Path]:
-    """Those of other processes than the first, of however many."""
-    return sorted(journal.parent.glob(
-        f"{glob.escape(journal.stem)}.process[0-9]*{glob.escape(journal.suffix)}"))
-
-
-def read_samples(journal: Path, settings: dict) -> list[Record]:
-    """The lines of all processes' journals."""
-    return [line for path in (journal, *further_journals(journal))
-            for line in read_journal(path, settings)]
 
 
 def sampled(load: Callable[[], object], tokenizer: object, queries: Mapping[int, list[int]],

@@ -56,7 +56,7 @@ python merge.py --base_model_name_or_path "$BASE_MODEL" --peft_model_path "$OUT/
     --output_dir "$OUT/model"
 
 # 3. What the judge says of held-out responses, beside what the records say.
-python scripts/annotate.py --data_path "$OUT/data/held_out.json" \
+torchrun --nproc_per_node="$GPUS" scripts/annotate.py --data_path "$OUT/data/held_out.json" \
     --output_path "$OUT/held_out_judged.json" --judge local --model "$OUT/model" \
     --max_new_tokens "$MAX_NEW_TOKENS" --max_failed 1
 python scripts/evaluate_ai_judge.py --truth "$OUT/data/held_out.json" \

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fault_server import FaultServer
 
 from cut.data import examples_of
+from lm.processes import part_of, parts
 from lm.records import InputError, read_records
 from scripts import annotate
 
@@ -309,6 +311,47 @@ def test_local_judge_of_random_weights_fails_and_is_asked_anew_once_trained(tiny
     journal = read_records(annotate.journal_file(tmp_path / "out.json"))
     assert len(journal) == 13 and journal[0]["weights"]
     assert {line["status"] for line in journal[1:]} == {"failed"}
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_judge_as_one_does(tiny_llama, responses, warm_venv, tmp_path):
+    options = {"data_path": str(responses), "judge": "local", "model": str(tiny_llama),
+               "max_new_tokens": 4, "temperature": 1.0, "max_failed": 1.0}
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    assert exit_code(**options, output_path=str(alone)) == 0
+    settings, *lines = read_records(annotate.journal_file(alone))
+    for place in (0, 5):  # of a run of six processes that was killed; what failed is asked again
+        part = part_of(annotate.journal_file(shared), place)
+        part.write_text(f"{json.dumps(settings)}\n{json.dumps(lines[place])}\n")
+    torchrun = [warm_venv / "bin/torchrun", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, *command({**options, "output_path": str(shared)})[1:]], cwd=ROOT, text=True,
+        capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("12 responses: 0 positive, 0 negative, 12 failed") == 1
+    assert parts(annotate.journal_file(shared)) == [annotate.journal_file(shared)]
+    _, *found = read_records(annotate.journal_file(shared))
+    assert len(found) == 14
+    assert {line["index"]: line for line in found} == {line["index"]: line for line in lines}
+
+
+def test_a_judgment_counts_before_failures_of_the_same_response_in_any_journal(responses, tmp_path):
+    settings = SimpleNamespace(judge="rules", seed=0, output_path=str(tmp_path / "out.json"))
+    journal = annotate.journal_file(Path(settings.output_path))
+    for place, lines in enumerate([
+            [{"index": 4, "content": "a", "status": "ok"}, {"requests": 3, "cost": 0.5}],
+            [{"index": 0, "content": "a", "status": "failed"},
+             {"index": 1, "content": "b", "status": "failed"}]]):
+        part_of(journal, place).write_text("".join(
+            json.dumps(line) + "\n" for line in [annotate.identity(settings), *lines]))
+    done, failed = annotate.judged(settings, ["a", "b", "c"])
+    assert list(done) == [0] and list(failed) == [1]
+
+
+def test_only_models_in_the_process_are_launched_several_times(responses, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--judge human works in one process"):
+        annotate.main(str(responses), str(tmp_path / "out.json"), judge="human")
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -15,6 +15,7 @@ from fault_server import FaultServer
 import lm.generation
 from lm.journal import open_journal
 from lm.models import add_lora, load_model
+from lm.processes import part_of, parts, share
 from lm.records import InputError, write_json
 from scripts import generate
 
@@ -202,22 +203,22 @@ def test_any_number_of_processes_goes_on_where_another_number_was_stopped(
     settings, *lines = generate.journal_file(reference).read_text().splitlines()
     of_index = {json.loads(line)["index"]: line for line in lines}
     for place, indices in enumerate([(0, 4), (7,), (8,)]):
-        generate.journal_file(output, place).write_text("".join(
+        part_of(generate.journal_file(output), place).write_text("".join(
             f"{line}\n" for line in [settings, *(of_index[index] for index in indices)]))
-    with open(generate.journal_file(output, 2), "a") as file:
+    with open(part_of(generate.journal_file(output), 2), "a") as file:
         file.write('{"index": 11, "outp')
     asked = record_prompts(monkeypatch)
     generate.main(str(tiny_llama), output_path=str(output), **flags)
     assert set(asked) == set(range(12)) - {0, 4, 7, 8} and len(asked) == 8
     assert read(output) == read(reference)
-    assert generate.journal_files(output) == [generate.journal_file(output)]
+    assert parts(generate.journal_file(output)) == [generate.journal_file(output)]
     generate.main(str(tiny_llama), output_path=str(output), **flags)
     assert len(asked) == 8
 
 
 def test_shares_hold_each_prompt_once_and_are_of_like_length():
     lengths = [7 * number % 12 for number in range(12)]
-    shares = [generate.share(lengths, place, 3) for place in range(3)]
+    shares = [share(lengths, place, 3) for place in range(3)]
     assert sorted(index for mine in shares for index in mine) == list(range(12))
     totals = [sum(lengths[index] for index in mine) for mine in shares]
     assert max(totals) - min(totals) <= 8 and [len(mine) for mine in shares] == [4, 4, 4]
@@ -236,7 +237,7 @@ def test_two_processes_give_what_one_gives(tiny_llama, prompts, warm_venv, tmp_p
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("12 responses") == 1 and "processes: 2" in result.stdout
     assert read(output) == read(reference)
-    assert generate.journal_files(output) == [generate.journal_file(output)]
+    assert parts(generate.journal_file(output)) == [generate.journal_file(output)]
 
 
 def test_a_launcher_is_refused_where_one_process_asks_for_all(tiny_llama, prompts, tmp_path,

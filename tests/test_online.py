@@ -423,6 +423,18 @@ def test_the_weights_of_a_local_judge_are_an_input(settings, tiny_llama, tmp_pat
         online_stages.judge(flags, 1)
 
 
+def test_a_local_judge_takes_all_gpus_and_one_that_stopped_is_told(settings, tiny_llama, tmp_path,
+                                                                   monkeypatch):
+    """A failed torchrun exits with 1, as annotate.py does where judgments failed."""
+    commands = []
+    monkeypatch.setattr(online_stages, "call", lambda command, lock: commands.append(command) or 1)
+    flags = checked(settings, output_dir=str(tmp_path / "run"), judge="local", gpus=8,
+                    judge_model=str(tiny_llama))
+    with pytest.raises(InputError, match=r"annotate\.py stopped; what it said stands above"):
+        online_stages.ask(flags, tmp_path / "responses.json", tmp_path / "judged.json", {})
+    assert commands[0][:2] == ["torchrun", "--nproc_per_node=8"]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"rounds": 3}, "has 7 different instructions that are not evaluated on, but 3 rounds of 3"),
     ({"temperature": 0.0}, "--samples 2 with --temperature 0 would all be the same"),

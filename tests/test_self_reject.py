@@ -19,6 +19,7 @@ import lm.generation
 import self_judge.base
 import self_judge.judgment
 from lm.models import load_model, load_tokenizer
+from lm.processes import parts
 from lm.records import InputError, read_records, write_json
 from preprocess import self_judge_example
 from scripts import self_reject
@@ -193,7 +194,7 @@ def test_only_journals_of_its_own_processes_are_gathered_or_discarded(tmp_path):
     further = [tmp_path / "s.process1.jsonl", tmp_path / "s.process12.jsonl"]
     for path in (own, *further, *others):
         path.write_text('{"seed": 1}\n{"prompt": 0}\n')
-    assert self_reject.further_journals(own) == further
+    assert parts(own) == [own, *further]
     file, lines = self_reject.open_samples([tmp_path / "out"], own, {}, True, 0, 1)
     file.close()
     assert lines == [] and sorted(tmp_path.iterdir()) == sorted([own, *others])
