@@ -93,8 +93,9 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         num_accepted: Samples of a prompt that rso accepts, 0 is half of them; half as many are
             its pairs.
         beta: Of rso, in the rewards' unit, 0 to 1: small takes the best samples, large takes any.
-        thresholds: Of rest, 0 to 1. Several, rising, such as 0.5,0.6,0.7, are those of successive
-            improve steps: OUTPUT.improve1, OUTPUT.improve2 ..., the last one in OUTPUT itself.
+        thresholds: Of rest, 0 to 1; 75% is the reward that a quarter of the samples exceeds.
+            Several, rising, such as 0.5,0.6,0.7, are those of successive improve steps:
+            OUTPUT.improve1, OUTPUT.improve2 ..., the last one in OUTPUT itself.
         samples_path: Journal of samples and verdicts, by default OUTPUT.samples.jsonl; several
             outputs may share one. It notes them, and no other file is replaced.
         peft_model_path: Adapter to merge into the model.
@@ -109,13 +110,14 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         overwrite: Start again even if there are samples.
     """
     from self_judge.base import find_base, load_base
-    from self_judge.off_policy import above, accepted_pairs, best_of, rewards_of
+    from self_judge.off_policy import above, accepted_pairs, best_of, quantile, rewards_of
     from self_judge.templates import load_templates
 
     output = Path(output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_flags(num_samples, temperature, top_p, max_new_tokens, batch_tokens)
-    levels = check_selection(select, num_samples, opponents, num_accepted, beta, thresholds)
+    check_selection(select, num_samples, opponents, num_accepted, beta)
+    levels, in_percent = levels_of(thresholds)
     outputs = improve_files(output, len(levels)) if select == "rest" else [output]
     journal = Path(samples_path) if samples_path else journal_of(output)
     check_paths(outputs, data_path=data_path, samples_path=journal)
@@ -147,8 +149,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
             found = ({output: accepted_pairs(responses, scores, judge, accepted, beta,
                                              [f"{seed} rso {place}" for place in which])}
                      if select == "rso" else
-                     {path: (above(scores, level), Counter())
-                      for path, level in zip(outputs, levels, strict=True)})
+                     {path: (above(scores, quantile(scores, level) if in_percent else level),
+                             Counter()) for path, level in zip(outputs, levels, strict=True)})
         return samples, judged, found
 
     labelled = shared_out(label, queries, outputs, journal, settings, overwrite)
@@ -168,9 +170,9 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
               f"{f'; left out: {told}' if told else ''}")
 
 
-def check_selection(select: str, num_samples: int, opponents: int, num_accepted: int, beta: float,
-                    thresholds: str) -> list[float]:
-    """Stop at what cannot be meant; the thresholds as numbers."""
+def check_selection(select: str, num_samples: int, opponents: int, num_accepted: int,
+                    beta: float) -> None:
+    """Stop at what cannot be meant."""
     if select not in SELECT:
         raise InputError(f"--select is {select!r}; expected one of {', '.join(SELECT)}")
     if num_samples < 2:
@@ -183,14 +185,25 @@ def check_selection(select: str, num_samples: int, opponents: int, num_accepted:
                          f"({num_samples}), or 0 for half of them")
     if not beta > 0:
         raise InputError(f"--beta is {beta}; expected more than 0")
+
+
+def levels_of(thresholds: str) -> tuple[list[float], bool]:
+    """The thresholds of ReST as numbers from 0 to 1, and whether they are quantiles.
+
+    >>> levels_of("0.5,0.6"), levels_of("50%,75%")
+    (([0.5, 0.6], False), ([0.5, 0.75], True))
+    """
+    words = thresholds.split(",")
+    in_percent = all(word.endswith("%") for word in words)
     try:
-        levels = [float(level) for level in thresholds.split(",")]
+        levels = [float(word.removesuffix("%")) / 100 if in_percent else float(word)
+                  for word in words]
     except ValueError:
         levels = []
     if not levels or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] < 1:
-        raise InputError(f"--thresholds is {thresholds!r}; expected numbers from 0 to below 1, "
-                         "rising, separated by commas")
-    return levels
+        raise InputError(f"--thresholds is {thresholds!r}; expected numbers from 0 to below 1, or "
+                         "all in per cent such as 75%, rising, separated by commas")
+    return levels, in_percent
 
 
 def read_prompts(source: str, templates: "Templates",

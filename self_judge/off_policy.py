@@ -9,7 +9,8 @@ some of them, while they fall ever further behind what it would answer by then:
 - RAFT (Dong et al. 2023, arXiv 2304.06767): the best of n, here the winner of the judge's
   tournament (tournament.py). Maximum likelihood on it.
 - ReST (Gulcehre et al. 2023, arXiv 2308.08998): all samples whose reward is above a threshold,
-  which rises from one improve step to the next. Maximum likelihood on them.
+  which rises from one improve step to the next. Maximum likelihood on them. A judge that is seldom
+  sure gives rewards near 1/2, so the threshold may also be a quantile of them.
 
 Samples are named by their places in a prompt's list, and `judge` gets matches of all prompts, as in
 a tournament; scripts/label_samples.py brings the model. It compares two answers, so the reward of
@@ -152,3 +153,13 @@ def above(scores: Sequence[Sequence[float]], threshold: float) -> list[Kept]:
     """
     return [(place, sample) for place, of_prompt in enumerate(scores)
             for sample, reward in enumerate(of_prompt) if reward > threshold]
+
+
+def quantile(scores: Sequence[Sequence[float]], part: float) -> float:
+    """The least reward that so large a part of all samples, 0 to 1, does not exceed.
+
+    >>> quantile([[0.5, 0.75, 0.25], [0.6]], 0.75)
+    0.6
+    """
+    rewards = sorted(itertools.chain.from_iterable(scores))
+    return rewards[max(0, math.ceil(part * len(rewards)) - 1)]

@@ -211,6 +211,17 @@ def test_raft_learns_the_tournaments_winner_and_rest_what_is_above(reference, mo
              for path in (tmp_path / "rest.improve1.jsonl", tmp_path / "rest.improve2.jsonl",
                           tmp_path / "rest.jsonl")]
     assert set(steps[0]) > set(steps[1]) > set(steps[2])
+    label_samples.main(model, files["uf"], str(tmp_path / "best.jsonl"), "rest", templates,
+                       thresholds="50%", **flags)
+    ranked = []
+    for place, of_prompt in samples_in(reference).items():
+        texts = [line["output"] for line in of_prompt]
+        for own, row in enumerate(preferred(model, place, texts)):
+            ranked.append(((sum(row) - row[own]) / (len(row) - 1), texts[own],
+                           of_prompt[own]["finish_reason"]))
+    found = [row["completions"][0]["response"] for row in read_records(tmp_path / "best.jsonl")]
+    assert found and sorted(found) == sorted(text for _, text, end in sorted(ranked)[-15:]
+                                             if end == "stop")
 
 
 def test_a_shared_journal_knows_the_outputs_that_are_its_own(reference, model, files, templates,
@@ -375,6 +386,8 @@ def test_bad_records_are_left_out_as_the_run_left_them_out(model, tmp_path, caps
     ({"beta": math.nan}, "--beta is nan"),
     ({"thresholds": "0.5,0.4"}, "--thresholds is '0.5,0.4'; expected numbers"),
     ({"thresholds": "high"}, "--thresholds is 'high'"),
+    ({"thresholds": "0.5,60%"}, "--thresholds is '0.5,60%'; .* or all in per cent"),
+    ({"thresholds": "100%"}, "--thresholds is '100%'"),
     ({"select": "rest", "thresholds": "0.999"}, "nothing is left to learn from .no reward"),
     ({"limit": -1}, "--limit is -1"), ({"data_path": "none.json"}, r"none\.json: no such file"),
     ({"max_length": 9}, "max_length 9 leaves no room")])
