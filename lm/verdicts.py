@@ -10,16 +10,13 @@ A reply that was cut off, that refuses or that says nothing is no judgment but a
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from lm.prompts import FIELD, fill, read_prompt
 from lm.records import InputError
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "templates"
 KEYS = {"perfect": {"verdict", "system", "user"},
         "yes_no": {"verdict", "prompt", "target", "positive"}}
-FIELD = re.compile(r"\{(\w+)\}")
 PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
 DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
 REFUSAL = re.compile(r"\W*(unfortunately\W+)?"
@@ -55,17 +52,15 @@ class JudgePrompt:
 
     def render(self, instruction: str, response: str) -> str | list[dict[str, str]]:
         """A text to continue or messages to answer; braces in the texts are safe."""
-        fields = {"instruction": instruction, "response": response}
-        text = FIELD.sub(lambda match: fields[match[1]], self.user)
+        text = fill(self.user, instruction=instruction, response=response)
         if self.verdict == "yes_no":
             return text
         return [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
 
     def completion(self, judgment: str | None) -> str:
         """What a judge is trained to reply; `read` gives the judgment back."""
-        fields = {"judgment": self.positive if judgment is None else judgment.strip(),
-                  "decision": "Yes." if judgment is None else "No."}
-        return FIELD.sub(lambda match: fields[match[1]], self.target)
+        said, decision = (self.positive, "Yes.") if judgment is None else (judgment.strip(), "No.")
+        return fill(self.target, judgment=said, decision=decision)
 
     def read(self, reply: str, finish_reason: str = "stop") -> Judgment:
         """The judgment in a reply."""
@@ -111,17 +106,7 @@ def negative(text: str, raw: str) -> Judgment:
 
 def load_judge_prompt(name: str) -> JudgePrompt:
     """Read a judge prompt by name or path and check its fields."""
-    import yaml
-
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATES / f"{name}.yaml"
-    if not path.is_file():
-        raise InputError(f"{name}: no such judge prompt; use annotator, ai_judge, or the path of a "
-                         ".yaml")
-    try:
-        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
-    texts = texts if isinstance(texts, Mapping) else {}
+    path, texts = read_prompt(name)
     keys = KEYS.get(texts.get("verdict"))
     if keys is None or set(texts) != keys or not all(isinstance(texts[key], str) for key in keys):
         kinds = "; or ".join(", ".join(sorted(keys)) for keys in KEYS.values())

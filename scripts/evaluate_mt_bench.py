@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.prompts import fill, load_prompt
 from lm.records import (
     InputError,
     Record,
@@ -39,7 +40,6 @@ from lm.records import (
 from lm.server import connect
 from lm.stages import refuse_changes
 from lm.tables import paper_rows, table
-from lm.verdicts import FIELD, TEMPLATES
 from scripts.report_results import read
 
 if TYPE_CHECKING:
@@ -106,31 +106,6 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         **inputs, "model": records[0]["generator"], "base_url": server.base_url,
         "cost_of_this_run": server.budget.cost, "failed": failed, "scores": scores})
     print(f"written: {folder}/results.json")
-
-
-def load_prompt(name: str, fields: Mapping[str, set[str]]) -> dict[str, str]:
-    """Read a judge prompt by name or path; its keys, and the fields in their texts, are given."""
-    import yaml
-
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATES / f"{name}.yaml"
-    if not path.is_file():
-        raise InputError(f"{name}: no such judge prompt in {TEMPLATES}; or give the path of a "
-                         ".yaml")
-    try:
-        prompt = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
-    for key, names in fields.items():
-        text = prompt.get(key) if isinstance(prompt, dict) else None
-        if not isinstance(text, str) or set(FIELD.findall(text)) != names:
-            expected = " and ".join(f"{{{field}}}" for field in sorted(names)) or "no field"
-            raise InputError(f"{path}: field '{key}' must be a text with {expected}")
-    return prompt
-
-
-def fill(text: str, **fields: str) -> str:
-    """The text with its fields filled in; braces in what is filled in are safe."""
-    return FIELD.sub(lambda match: fields[match[1]], text)
 
 
 def refuse_other_inputs(folder: Path, inputs: Mapping[str, str]) -> None:

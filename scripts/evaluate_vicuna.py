@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.prompts import fill, load_prompt
 from lm.records import InputError, Record, write_json
 from lm.server import connect
 from lm.shares import Share, wilson
@@ -32,8 +33,6 @@ from lm.tables import paper_rows, table
 from scripts.evaluate_mt_bench import (
     ask,
     by_question,
-    fill,
-    load_prompt,
     read_dialogues,
     refuse_other_inputs,
     report_failed,

@@ -12,13 +12,13 @@ a server.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.prompts import fill, load_prompt
 from lm.records import (
     InputError,
     Record,
@@ -31,11 +31,11 @@ from lm.records import (
 from scripts import generate
 
 HEADING = "\n### "
-FIELD = re.compile(r"\{(instruction|response|judgment)\}")
+TEMPLATE = {"prompt": {"instruction", "response", "judgment"}}  # its texts and their fields
 
 
 def main(base_model_name_or_path: str, data_path: str, output_path: str,
-         template: str = "configs/templates/refine.yaml", peft_model_path: str = "",
+         template: str = "refine", peft_model_path: str = "",
          max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
          batch_tokens: int = 16384, load_in: str = "auto", overwrite: bool = False,
          base_url: str = "", max_cost: float = 0.0) -> None:
@@ -46,7 +46,8 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
             name by which the server knows it.
         data_path: Judged records, .json, .jsonl or .gz.
         output_path: JSON Lines file of the same records with `i_ans`.
-        template: YAML file whose `prompt` holds {instruction}, {response} and {judgment}.
+        template: prompt, by name in configs/templates or path of a YAML file; its `prompt` holds
+            {instruction}, {response} and {judgment}.
         peft_model_path: Adapter to put on the model.
         max_new_tokens: Longest refinement.
         temperature: 0 is greedy.
@@ -64,7 +65,7 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
     answers: list[str] = []
     ends: list[str] = []
     if wanted:
-        frame = read_frame(template)
+        frame = load_prompt(template, TEMPLATE)["prompt"]
         prompts, refinements = (Path(f"{output_path}.{name}.json")
                                 for name in ("prompts", "refinements"))
         write_json(prompts, [{"instruction": prompt_of(records[index], frame)}
@@ -105,26 +106,10 @@ def to_refine(records: list[Record], source: str) -> list[int]:
             if judgment_of(record) and record.get("i_ans") is None]
 
 
-def read_frame(path: str) -> str:
-    """The prompt around a record's fields, checked."""
-    import yaml
-
-    try:
-        text = str(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["prompt"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"--template {path}: expected a YAML file with a text 'prompt' "
-                         f"({type(error).__name__})") from error
-    if {*FIELD.findall(text)} != {"instruction", "response", "judgment"}:
-        raise InputError(f"{path}: field 'prompt' must be a text with {{instruction}}, "
-                         "{response} and {judgment}")
-    return text
-
-
 def prompt_of(record: Record, frame: str) -> str:
-    """What the model continues; braces in the texts are safe."""
-    fields = {"instruction": join_input(record), "response": record["output"],
-              "judgment": record["judgment"]}
-    return FIELD.sub(lambda field: fields[field[1]], frame)
+    """What the model continues."""
+    return fill(frame, instruction=join_input(record), response=record["output"],
+                judgment=record["judgment"])
 
 
 def refinement_in(answer: str, end: str) -> str:

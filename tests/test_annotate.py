@@ -358,7 +358,7 @@ def test_only_models_in_the_process_are_launched_several_times(responses, tmp_pa
     ({"judge": "gpt"}, "--judge 'gpt': expected one of server"),
     ({"model": ""}, "--judge server needs --model"),
     ({"judge": "local", "model": "./none"}, "no such model folder"),
-    ({"template": "none"}, "no such judge prompt"),
+    ({"template": "none"}, "no such prompt"),
     ({"output_path": "out.csv"}, "expected a .json or .jsonl file"),
     ({"judge": "rules"}, "record 0: field 'constraints' is missing"),
     ({"max_failed": 2.0}, "a share between 0 and 1"),

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer
 
+from lm.prompts import load_prompt
 from lm.records import InputError
 from scripts import evaluate_vicuna, generate_dialogues
-from scripts.evaluate_mt_bench import FIELDS, load_prompt, main, mean, means, question, read_score
+from scripts.evaluate_mt_bench import FIELDS, main, mean, means, question, read_score
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = [
@@ -198,7 +199,7 @@ def test_bad_input_is_one_line(flags, tmp_path, run_cli):
     prompt.write_text("system: a\nuser: '{dialog}'\nreference: '{turn} {reference}'")
     with pytest.raises(InputError, match=r"field 'user' must be a text with \{dialogue\}"):
         load_prompt(str(prompt), FIELDS)
-    with pytest.raises(InputError, match="mtbench: no such judge prompt"):
+    with pytest.raises(InputError, match="mtbench: no such prompt"):
         load_prompt("mtbench", FIELDS)
 
 

@@ -83,5 +83,5 @@ def test_wrong_judge_prompt_is_one_line(text, message, tmp_path):
     with pytest.raises(InputError, match=rf"p\.yaml: .*{message}") as error:
         load_judge_prompt(str(tmp_path / "p.yaml"))
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="anotator: no such judge prompt"):
+    with pytest.raises(InputError, match="anotator: no such prompt"):
         load_judge_prompt("anotator")
