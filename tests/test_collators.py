@@ -3,7 +3,6 @@
     python -m pytest tests/test_collators.py
 """
 
-import doctest
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from conftest import ROOT
 
 import self_judge
 from lm.records import InputError
-from self_judge import collators
 from self_judge.collators import (
     IGNORED,
     JudgeAugmentedSFTCollator,
@@ -25,11 +23,6 @@ from self_judge.collators import (
 TOKENIZER = SimpleNamespace(pad_token_id=2, eos_token_id=2)  # the EOS is the padding, as often
 ROWS = [{"input_ids": [5, 6, 7, 2], "completion_mask": [0, 0, 1, 1], "kind": "sft"},
         {"input_ids": [5, 8], "completion_mask": [0, 1], "kind": "judgment"}]
-
-
-def test_docstring_examples():
-    assert doctest.testmod(collators).attempted > 5
-    assert doctest.testmod(collators).failed == 0
 
 
 def test_a_learnt_eos_keeps_its_label_and_padding_has_none():

@@ -3,14 +3,12 @@
     python -m pytest tests/test_data.py
 """
 
-import doctest
 import random
 from dataclasses import replace
 
 import pytest
 from small_tokenizers import TOKENIZERS
 
-from cut import data
 from cut.data import Example, Row, Rows, collate, examples_of, join_input, rows_of, within_budget
 from lm.records import InputError
 from lm.templates import Template, load_template, prompt_ids, response_ids
@@ -313,11 +311,6 @@ def test_example_names_its_record():
 
 
 # --- batch ----------------------------------------------------------------------------------
-
-
-def test_collate_as_its_docstring_shows():
-    results = doctest.testmod(data)
-    assert results.attempted >= 6 and results.failed == 0
 
 
 def test_batch_keeps_order_weight_and_padding():

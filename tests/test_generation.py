@@ -1,13 +1,11 @@
 """Batched generation: the same answers as one at a time, on relative and absolute positions."""
 
-import doctest
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-import lm.generation
 from lm.generation import Sampler, generate, left_pad, token_budget_batches
 from lm.models import add_lora, load_model, load_tokenizer
 from lm.records import InputError
@@ -30,11 +28,6 @@ def by_index(results) -> dict:
     results = list(results)
     assert len(dict(results)) == len(results)  # no prompt twice
     return dict(results)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(lm.generation).attempted == 2
-    assert doctest.testmod(lm.generation).failed == 0
 
 
 def test_greedy_answer_is_that_of_one_prompt_at_a_time(folder):

@@ -1,6 +1,5 @@
 """Journals: what is finished stays, what is not does not. Run: pytest tests/test_journal.py -n0"""
 
-import doctest
 
 import pytest
 
@@ -71,11 +70,6 @@ def test_a_merge_that_was_killed_goes_on_without_doubles(tmp_path):
         merge(file, others, {"seed": 1})
     assert [line["index"] for line in read_journal(path, {"seed": 1})] == [0, 1, 2, 3]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_docstring_examples():
-    failed, attempted = doctest.testmod(lm.journal)
-    assert not failed and attempted
 
 
 def test_one_run_at_a_time(tmp_path):

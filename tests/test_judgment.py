@@ -5,7 +5,6 @@
 Random models judge, except where a test says that the judge is a script.
 """
 
-import doctest
 import os
 import subprocess
 import sys
@@ -16,9 +15,8 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from tiny_judge import PRINCIPLES, TEMPLATE, tiny_model, tiny_tokenizer
 
-import lm.shares
 from lm.records import InputError
-from self_judge import judgment, next_token
+from self_judge import next_token
 from self_judge.judgment import (
     Pair,
     Probabilities,
@@ -77,11 +75,6 @@ def close(one, other):
 
 def swapped(pairs):
     return [Pair(pair.context, pair.response_b, pair.response_a) for pair in pairs]
-
-
-def test_docstring_examples():
-    for module, count in ((judgment, 2), (next_token, 4), (lm.shares, 1)):
-        assert doctest.testmod(module) == (0, count)
 
 
 # --- the arithmetic --------------------------------------------------------------------------

@@ -3,7 +3,6 @@
     python -m pytest tests/test_off_policy.py
 """
 
-import doctest
 import math
 import random
 from collections import Counter
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import self_judge.off_policy
 from self_judge.judgment import Pair, Probabilities, judgment_of
 from self_judge.off_policy import (
     above,
@@ -45,11 +43,6 @@ def published(candidates, beta, count, uniform):
         for candidate in to_remove:
             candidates.pop(candidate)
     return chosen
-
-
-def test_docstring_examples():
-    found = doctest.testmod(self_judge.off_policy)
-    assert found.failed == 0 and found.attempted >= 4
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 5.0])

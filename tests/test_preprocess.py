@@ -3,7 +3,6 @@
     python -m pytest tests/test_preprocess.py
 """
 
-import doctest
 import gzip
 import json
 import random
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from small_tokenizers import TOKENIZERS
 
-import preprocess
 from lm.records import InputError
 from lm.templates import prompt_ids
 from preprocess import (
@@ -22,7 +20,6 @@ from preprocess import (
     judgments,
     self_judge_rows,
 )
-from self_judge import preferences, rows, sources
 from self_judge.preferences import Pair, context_text, found_in, hh, ultrafeedback
 from self_judge.preview import marked
 from self_judge.rows import row_of, sft_pieces
@@ -703,9 +700,7 @@ def test_settings_keep_an_eval_that_is_switched_off():
     assert settings_of({"path": "x"})["eval"] == settings_of("x")["eval"] == "test"
 
 
-def test_docstring_examples():
-    for module in (preprocess, preferences, rows, sources):
-        assert doctest.testmod(module).failed == 0
+def test_context_without_the_system_message():
     assert context_text(talk("Hi", "Yes?", system="Be kind.")) == "User: Hi\n\nAssistant: Yes?"
 
 

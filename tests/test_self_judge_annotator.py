@@ -1,6 +1,5 @@
 """A JSFT model's own rationale as the judgment. Run: pytest tests/test_self_judge_annotator.py"""
 
-import doctest
 import json
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import yaml
 from tiny_judge import tiny_model, tiny_tokenizer
 
-import self_judge.annotator
 from lm.annotators import Question
 from lm.records import InputError, read_records
 from preprocess import judgments
@@ -55,10 +53,6 @@ def trained():
 
 def question(response: str, other: str) -> Question:
     return Question("Cat?", response, {"other": other})
-
-
-def test_docstring_examples():
-    assert doctest.testmod(self_judge.annotator) == (0, 1)
 
 
 def test_the_worse_response_gets_what_the_rationale_says_of_it(trained):

@@ -3,9 +3,7 @@
     python -m pytest tests/test_self_judge_templates.py
 """
 
-import doctest
 import re
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -13,7 +11,6 @@ from small_tokenizers import TOKENIZERS
 
 from lm.records import InputError
 from lm.templates import prompt_ids
-from self_judge import templates as module
 from self_judge.templates import (
     chat_text,
     check_judge_template,
@@ -295,8 +292,3 @@ def test_decisions_of_several_tokens_or_none_are_an_error(decision):
 def test_decisions_that_are_the_same_token_are_an_error():
     with pytest.raises(InputError, match="the same token for both"):
         decision_ids(TOKENIZERS["byte_level"](), "{response_b}\n", "x")
-
-
-def test_docstring_examples():
-    assert doctest.testmod(module).failed == 0
-    assert Path(module.__file__).name == "templates.py"

@@ -4,7 +4,6 @@
 """
 
 import collections
-import doctest
 import email.utils
 import inspect
 import threading
@@ -16,10 +15,6 @@ import fault_server
 import pytest
 from fault_server import HANG, FaultServer
 
-import lm.budget
-import lm.replies
-import lm.threads
-import lm.verdicts
 from lm.budget import Budget, BudgetSpent, Pace, price_of, tokens_of
 from lm.records import InputError, read_records, write_json
 from lm.replies import Request
@@ -40,12 +35,6 @@ from scripts.chat import make_folder, serving
 def environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.mark.parametrize("module", [lm.budget, lm.replies, lm.threads, lm.verdicts])
-def test_docstring_examples(module):
-    failed, attempted = doctest.testmod(module)
-    assert not failed and attempted
 
 
 def client_of(server: FaultServer, tmp_path: Path | None = None, **options) -> Server:

@@ -3,7 +3,6 @@
     python -m pytest tests/test_trainer.py
 """
 
-import doctest
 import math
 import random
 from dataclasses import replace
@@ -362,8 +361,3 @@ def test_each_epoch_of_a_run_sees_every_example_once_in_another_order(tiny_llama
     make_trainer(with_lora(tiny_llama), random_rows(10), tmp_path, num_train_epochs=2).train()
     assert len(seen) == 20 and seen[:10] != seen[10:]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(r.record for r in random_rows(10))
-
-
-def test_align_right_as_its_docstring_shows():
-    results = doctest.testmod(trainer_module)
-    assert results.attempted >= 1 and results.failed == 0
