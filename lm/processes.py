@@ -1,22 +1,23 @@
 """Several processes share long work: each does its part, and notes it in a journal of its own.
 
     place, processes = launched()
-    file, _ = open_journal(part_of(path, place), settings)
-    done = read_parts(path, settings)                        # of however many processes there were
-    mine = share(lengths, place, processes)
+    file, _ = open_journal(part_of(path, place), settings)       # of lm/journal.py
+    done = read_parts(path, settings)                            # by any number of processes
+    mine = share(lengths, place, processes)                      # less what is done
     ...
     wait(processes)
     if place == 0:
-        merge(file, parts(path)[1:], settings)               # one journal again
+        merge_parts(file, settings)                              # one journal again
 """
 
-import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
-from lm.journal import discard, read_journal
+from lm.journal import discard, merge, read_journal
 from lm.records import InputError, Record
 from lm.runs import world_size
 
@@ -24,7 +25,10 @@ LONGEST_WAIT = timedelta(days=7)  # of processes for each other
 
 
 def launched(alone: str = "") -> tuple[int, int]:
-    """This process's place, and how many share the work; `alone` names what only one can do."""
+    """This process's place, and how many share the work.
+
+    `alone` names a flag, if any, that works in one process; then a launcher is an error.
+    """
     if not alone:
         from accelerate import PartialState
 
@@ -65,19 +69,31 @@ def part_of(journal: Path, place: int) -> Path:
 
 
 def parts(journal: Path) -> list[Path]:
-    """The journals of all processes that there ever were, as far as they are there."""
-    further = glob.escape(journal.stem) + ".process[0-9]*" + glob.escape(journal.suffix)
-    return [path for path in (journal, *sorted(journal.parent.glob(further))) if path.exists()]
+    """The journals of all processes that there ever were, as far as they are there; in order."""
+    own = re.compile(rf"{re.escape(journal.stem)}\.process(\d+){re.escape(journal.suffix)}")
+    further = [path for path in journal.parent.glob("*") if own.fullmatch(path.name)]
+    return [path for path in (journal, *sorted(further)) if path.exists()]
 
 
 def read_parts(journal: Path, settings: Mapping) -> list[Record]:
-    """The finished lines of all of them."""
+    """The finished lines of all processes' journals."""
     return [line for path in parts(journal) for line in read_journal(path, settings)]
 
 
+def merge_parts(file: IO[str], settings: Mapping) -> None:
+    """Move all lines into the first process's journal, which is open."""
+    journal = Path(file.name)
+    merge(file, [path for path in parts(journal) if path != journal], settings)
+
+
 def discard_parts(journal: Path, place: int, processes: int) -> None:
-    """Delete them all; each process comes back when that is done."""
+    """Delete all processes' journals; each process comes back when that is done."""
     if place == 0:
         for path in parts(journal):
             discard(path)
     wait(processes)
+
+
+def told_share(processes: int) -> str | None:
+    """What the first process's progress bar is called: the others have none."""
+    return f"first of {processes} processes" if processes > 1 else None

@@ -39,6 +39,7 @@ def generate_with_vllm(model: str, tokenizer: "PreTrainedTokenizerBase",
 
     rows = {index: ids_of(tokenizer, prompt) for index, prompt in prompts.items()}
     engine = LLM(model=model, dtype=DTYPES[precision(load_in)])
+    # The engine knows its context. Without the check it would answer in fewer tokens.
     check_lengths(rows, engine.llm_engine.model_config.max_model_len, max_new_tokens)
     order = sorted(rows, key=lambda index: len(rows[index]), reverse=True)
     for start in range(0, len(order), AT_A_TIME):

@@ -20,11 +20,12 @@ nothing can train on it; the same command asks for those again. OUTPUT.summary.j
 cost.
 
 Exit code: 0 all are judged (but for a share of --max_failed); 1 more have failed, and the others
-are in the output; 2 nothing could be written (bad input, budget spent, server gone).
+are in the output; 2 nothing could be written (bad input, budget spent, server gone), which under
+torchrun is 1 too.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -33,9 +34,18 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, by_content, digest, merge, open_journal
+from lm.journal import append, by_content, digest, open_journal
 from lm.models import load_tokenizer, precision, resolve_model
-from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
+from lm.processes import (
+    discard_parts,
+    launched,
+    merge_parts,
+    part_of,
+    read_parts,
+    share,
+    told_share,
+    wait,
+)
 from lm.records import (
     InputError,
     Record,
@@ -110,27 +120,29 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
     if output.resolve() == Path(data_path).resolve():
         raise InputError("--output_path is --data_path; choose another, so that both are kept")
     place, processes = launched(alone="" if judge in IN_PROCESS else f"--judge {judge}")
-    journal = journal_file(output)
+    journal, made_by = journal_file(output), identity(settings)
     if overwrite:
         discard_parts(journal, place, processes)
     elif output.exists() and not journal.exists():
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
                          "choose another --output_path, or --overwrite")
     contents = contents_of(judge, records)
-    file, lines = open_journal(part_of(journal, place), identity(settings))
+    file, _ = open_journal(part_of(journal, place), made_by)
     with file:
-        done, _ = judged(settings, contents)
+        lines = read_parts(journal, made_by)
+        done, _ = judged(lines, contents)
         if done and place == 0:
             print(f"{output}: {len(done)} of {len(records)} are judged already")
         mine = sorted(share([len(record["output"]) for record in records], place, processes))
         if left := [index for index in mine if index not in done]:
             annotate(settings, {index: records[index] for index in left}, contents, lines, file,
-                     {"total": len(mine), "initial": len(mine) - len(left), "disable": place > 0})
+                     {"total": len(mine), "initial": len(mine) - len(left), "disable": place > 0,
+                      "desc": told_share(processes)})
         wait(processes)
         if place > 0:
             return
-        merge(file, parts(journal)[1:], identity(settings))
-        failed = finish(settings, records, contents)
+        merge_parts(file, made_by)
+        failed = finish(output, made_by, records, contents)
     if failed > max_failed * len(records):
         sys.exit(1)
 
@@ -232,11 +244,11 @@ def journal_file(output: Path) -> Path:
     return output.with_name(output.name + ".judgments.jsonl")
 
 
-def judged(settings: SimpleNamespace,
+def judged(lines: Iterable[Record],
            contents: Sequence[str]) -> tuple[dict[int, Record], dict[int, Record]]:
-    """The judgments of the responses with these contents, by place, and those that failed."""
+    """A journal's judgments of the responses with these contents, by place, and its failures."""
     ok, failed = [], []
-    for line in read_parts(journal_file(Path(settings.output_path)), identity(settings)):
+    for line in lines:
         if "status" in line:
             (ok if line["status"] == "ok" else failed).append(line)
     good = by_content(ok, contents)
@@ -246,9 +258,10 @@ def judged(settings: SimpleNamespace,
 
 def annotate(settings: SimpleNamespace, records: Mapping[int, Record], contents: Sequence[str],
              lines: list[Record], file: IO[str], bar: dict) -> None:
-    """Ask about these records; note each judgment in the journal at once, under tqdm's `bar`.
+    """Ask about these records; note each judgment in the journal at once.
 
-    `lines` are what the journal has so far; the budget goes on from them.
+    `lines` are what the journal has so far; the budget goes on from them, and the new ones join
+    them. `bar` are settings of tqdm's.
     """
     from tqdm import tqdm
 
@@ -265,13 +278,15 @@ def annotate(settings: SimpleNamespace, records: Mapping[int, Record], contents:
     try:
         with noting_costs(file, server):
             for index, judgment in progress:
-                append(file, {"index": index, "content": contents[index],
-                              "status": judgment.status, "judgment": judgment.text,
-                              "error": judgment.error, "raw": judgment.raw, **spent()})
+                lines.append({
+                    "index": index, "content": contents[index], "status": judgment.status,
+                    "judgment": judgment.text, "error": judgment.error, "raw": judgment.raw,
+                    **spent()})
+                append(file, lines[-1])
                 if server:
                     progress.set_postfix_str(f"${server.budget.cost:.2f}")
     except InputError as error:
-        raise InputError(f"{error} ({told(count(settings, contents))})") from error
+        raise InputError(f"{error} ({told(count([*lines, spent()], contents))})") from error
 
 
 def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
@@ -299,11 +314,11 @@ def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
     return annotators.ServerJudge(server, **asked), server
 
 
-def finish(settings: SimpleNamespace, records: list[Record], contents: Sequence[str]) -> int:
+def finish(output: Path, made_by: Mapping, records: list[Record],
+           contents: Sequence[str]) -> int:
     """Write the output and its summary; how many judgments have failed."""
-    output = Path(settings.output_path)
-    counts = count(settings, contents)
-    done, failed = judged(settings, contents)
+    lines = read_parts(journal_file(output), made_by)
+    counts, (done, failed) = count(lines, contents), judged(lines, contents)
     print(f"{output}: {told(counts)}")
     for index, line in list(failed.items())[:3]:
         print(f"  record {index} failed: {line['error']}")
@@ -315,15 +330,14 @@ def finish(settings: SimpleNamespace, records: list[Record], contents: Sequence[
     else:
         output.unlink(missing_ok=True)  # one that --overwrite was to replace
     write_json(output.with_name(output.name + ".summary.json"),
-               {**counts, "settings": identity(settings)})
+               {**counts, "settings": made_by})
     return len(failed)
 
 
-def count(settings: SimpleNamespace, contents: Sequence[str]) -> dict[str, float]:
+def count(lines: Sequence[Record], contents: Sequence[str]) -> dict[str, float]:
     """Judgments by kind, and what all took, those of records that are no longer there included."""
-    done, failed = judged(settings, contents)
+    done, failed = judged(lines, contents)
     positive = sum(line["judgment"] is None for line in done.values())
-    lines = read_parts(journal_file(Path(settings.output_path)), identity(settings))
     return {"responses": len(contents), "positive": positive, "negative": len(done) - positive,
             "failed": len(failed),
             **{name: max((line.get(name, 0) for line in lines), default=0)

@@ -19,11 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import by_content, finished_lines
+from lm.journal import finished_lines
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
 from lm.tables import table
 from scripts.annotate import contents_of, journal_file
+from scripts.annotate import judged as judged_in
 
 MEANINGS = {
     "readable": "judgments that could be read",
@@ -86,9 +87,8 @@ def read_judgments(judged: Path, truth: str, records: list[Record]) -> tuple[Rec
     if not lines:
         raise InputError(f"{journal}: holds no judgments; run annotate.py on {truth}, to its end")
     contents = contents_of(settings["judge"], records)
-    last: dict[int, Record] = {}
-    for status in ("failed", "ok"):
-        last |= by_content((line for line in lines if line.get("status") == status), contents)
+    good, failed = judged_in(lines, contents)
+    last = good | failed
     if missing := [index for index in range(len(records)) if index not in last]:
         raise InputError(f"{judged}: record {missing[0]} of {truth} and {len(missing) - 1} more "
                          "are not judged there; run annotate.py on that file, to its end")

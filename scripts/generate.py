@@ -31,7 +31,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, by_content, check_settings, digest, merge, open_journal
+from lm.journal import append, by_content, check_settings, digest, open_journal
 from lm.models import (
     find_adapter,
     load_adapter,
@@ -40,7 +40,17 @@ from lm.models import (
     precision,
     resolve_model,
 )
-from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
+from lm.processes import (
+    discard_parts,
+    launched,
+    merge_parts,
+    part_of,
+    parts,
+    read_parts,
+    share,
+    told_share,
+    wait,
+)
 from lm.records import (
     InputError,
     Record,
@@ -132,8 +142,8 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
                                 "--engine vllm" if engine == "vllm" else "")
     journal = journal_file(output)
     if overwrite:
+        settings_file(output).unlink(missing_ok=True)  # first: a kill leaves a run that goes on
         discard_parts(journal, place, processes)
-        settings_file(output).unlink(missing_ok=True)
     elif is_done(output, settings):
         if place == 0:
             print(f"{output}: already there, made with the same settings; --overwrite makes it "
@@ -158,12 +168,12 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
                          respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
                                  sampling))
                 bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
-                           disable=place > 0)
+                           desc=told_share(processes), disable=place > 0)
                 note(bar, contents, file, server)
         wait(processes)
         if place == 0:
             write_output(output, records, settings, finished(output, settings, contents))
-            merge(file, parts(journal)[1:], bound(settings))
+            merge_parts(file, bound(settings))
 
 
 def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str) -> None:
@@ -173,12 +183,16 @@ def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str)
     if base_url and peft_model_path:
         raise InputError("--peft_model_path is for models that run here; let the server load the "
                          "adapter and name it with --base_model_name_or_path")
-    if engine == "vllm" and (base_url or peft_model_path or load_in in ("8bit", "4bit")):
-        raise InputError("--engine vllm takes a whole model, without --base_url, --peft_model_path "
-                         "and --load_in 8bit or 4bit; merge.py merges an adapter")
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or use "
-                         "--engine hf")
+    if engine == "vllm":
+        from lm.vllm_engine import DTYPES
+
+        if base_url or peft_model_path or load_in not in ("auto", *DTYPES):
+            raise InputError("--engine vllm takes a whole model, without --base_url and "
+                             "--peft_model_path (merge.py merges an adapter), and as --load_in "
+                             f"auto, {', '.join(DTYPES)}")
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or "
+                             "use --engine hf")
 
 
 def load_prompts(source: str, limit: int) -> list[Record]:

@@ -93,7 +93,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         num_accepted: Samples of a prompt that rso accepts, 0 is half of them; half as many are
             its pairs.
         beta: Of rso, in the rewards' unit, 0 to 1: small takes the best samples, large takes any.
-        thresholds: Of rest, 0 to 1; 75% is the reward that a quarter of the samples exceeds.
+        thresholds: Of rest, 0 to 1; 75% is the reward that at most a quarter of the samples
+            exceeds.
             Several, rising, such as 0.5,0.6,0.7, are those of successive improve steps:
             OUTPUT.improve1, OUTPUT.improve2 ..., the last one in OUTPUT itself.
         samples_path: Journal of samples and verdicts, by default OUTPUT.samples.jsonl; several
@@ -188,19 +189,19 @@ def check_selection(select: str, num_samples: int, opponents: int, num_accepted:
 
 
 def levels_of(thresholds: str) -> tuple[list[float], bool]:
-    """The thresholds of ReST as numbers from 0 to 1, and whether they are quantiles.
+    """The thresholds of ReST as numbers, and whether they are per cent.
 
     >>> levels_of("0.5,0.6"), levels_of("50%,75%")
-    (([0.5, 0.6], False), ([0.5, 0.75], True))
+    (([0.5, 0.6], False), ([50.0, 75.0], True))
     """
     words = thresholds.split(",")
     in_percent = all(word.endswith("%") for word in words)
     try:
-        levels = [float(word.removesuffix("%")) / 100 if in_percent else float(word)
-                  for word in words]
+        levels = [float(word.removesuffix("%") if in_percent else word) for word in words]
     except ValueError:
         levels = []
-    if not levels or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] < 1:
+    most = 100 if in_percent else 1
+    if not levels or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] < most:
         raise InputError(f"--thresholds is {thresholds!r}; expected numbers from 0 to below 1, or "
                          "all in per cent such as 75%, rising, separated by commas")
     return levels, in_percent

@@ -96,7 +96,8 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         template: prompt template of responses, training and evaluation.
         judge: server|local|rules|human, as in scripts/annotate.py.
         judge_model: what the server calls the judge; or the folder of a local one.
-        gpus: processes that generate and train, by torchrun if there is more than one.
+        gpus: processes that generate, judge where the judge is local, and train, by torchrun if
+            there is more than one.
         eval_prompts: prompts to evaluate on, by default AlpacaEval's. With `constraints` the score
             is the share of these that the answers satisfy.
         annotator: who scores answers to prompts without `constraints`, as in

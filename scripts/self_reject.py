@@ -28,9 +28,9 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import append, digest, merge, open_journal, read_journal
+from lm.journal import append, digest, open_journal, read_journal
 from lm.models import load_tokenizer, precision, resolve_model
-from lm.processes import discard_parts, launched, part_of, parts, read_parts, share, wait
+from lm.processes import discard_parts, launched, merge_parts, part_of, read_parts, share, wait
 from lm.records import InputError, Record, write_json
 from lm.tables import table
 from scripts.evaluate_judge import TEMPLATES
@@ -226,7 +226,7 @@ def shared_out(play: "Callable[[Sequence[int], Sequence[Record], IO[str], bool],
         if place:
             return None
         found = play(range(len(queries)), lines, file, processes > 1)
-        merge(file, parts(journal)[1:], settings)
+        merge_parts(file, settings)
         if journal != journal_of(outputs[-1]):
             notes = [{"written": name_beside(journal, path)} for path in outputs]
             append(file, *(note for note in notes if note not in lines))

@@ -155,11 +155,11 @@ def above(scores: Sequence[Sequence[float]], threshold: float) -> list[Kept]:
             for sample, reward in enumerate(of_prompt) if reward > threshold]
 
 
-def quantile(scores: Sequence[Sequence[float]], part: float) -> float:
-    """The least reward that so large a part of all samples, 0 to 1, does not exceed.
+def quantile(scores: Sequence[Sequence[float]], percent: float) -> float:
+    """The least reward that so many per cent of all samples do not exceed.
 
-    >>> quantile([[0.5, 0.75, 0.25], [0.6]], 0.75)
+    >>> quantile([[0.5, 0.75, 0.25], [0.6]], 75)
     0.6
     """
     rewards = sorted(itertools.chain.from_iterable(scores))
-    return rewards[max(0, math.ceil(part * len(rewards)) - 1)]
+    return rewards[max(0, math.ceil(percent * len(rewards) / 100) - 1)]

@@ -7,12 +7,12 @@ import collections
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fault_server import FaultServer
@@ -335,17 +335,29 @@ def test_two_processes_judge_as_one_does(tiny_llama, responses, warm_venv, tmp_p
     assert {line["index"]: line for line in found} == {line["index"]: line for line in lines}
 
 
-def test_a_judgment_counts_before_failures_of_the_same_response_in_any_journal(responses, tmp_path):
-    settings = SimpleNamespace(judge="rules", seed=0, output_path=str(tmp_path / "out.json"))
-    journal = annotate.journal_file(Path(settings.output_path))
-    for place, lines in enumerate([
-            [{"index": 4, "content": "a", "status": "ok"}, {"requests": 3, "cost": 0.5}],
-            [{"index": 0, "content": "a", "status": "failed"},
-             {"index": 1, "content": "b", "status": "failed"}]]):
-        part_of(journal, place).write_text("".join(
-            json.dumps(line) + "\n" for line in [annotate.identity(settings), *lines]))
-    done, failed = annotate.judged(settings, ["a", "b", "c"])
-    assert list(done) == [0] and list(failed) == [1]
+def test_a_judgment_counts_before_failures_of_the_same_response():
+    """Wherever they stand: each process has a journal, and responses may have moved."""
+    lines = [{"index": 4, "content": "a", "status": "ok"}, {"requests": 3, "cost": 0.5},
+             {"index": 0, "content": "a", "status": "failed"},
+             {"index": 1, "content": "b", "status": "failed"}]
+    done, failed = annotate.judged(lines, ["a", "b", "c"])
+    assert done == {0: lines[0]} and failed == {1: lines[3]}
+
+
+def test_weights_that_change_while_they_judge_cost_no_judgment(tiny_llama, responses, tmp_path,
+                                                              monkeypatch):
+    """They were loaded before: `cp` to the same place gives them another date."""
+    model = shutil.copytree(tiny_llama, tmp_path / "judge")
+    ask = annotate.annotate
+
+    def meanwhile(*args):
+        ask(*args)
+        os.utime(model / "model.safetensors", (1, 1))
+
+    monkeypatch.setattr(annotate, "annotate", meanwhile)
+    annotate.main(str(responses), str(tmp_path / "out.json"), judge="local", model=str(model),
+                  max_new_tokens=4, max_failed=1.0)
+    assert json.loads((tmp_path / "out.json.summary.json").read_text())["failed"] == 12
 
 
 def test_only_models_in_the_process_are_launched_several_times(responses, tmp_path, monkeypatch):

@@ -286,7 +286,7 @@ def test_templates_are_texts_and_chat_is_a_message():
     ({"temperature": -1.0}, "temperature is -1"),
     ({"peft_model_path": "./none"}, "no such adapter"),
     ({"engine": "tgi"}, "--engine 'tgi': expected one of hf, vllm"),
-    ({"engine": "vllm", "load_in": "4bit"}, "takes a whole model, .* 4bit"),
+    ({"engine": "vllm", "load_in": "bfloat16"}, "as --load_in auto, checkpoint, bf16"),
     ({"engine": "vllm"}, "vllm is not installed here; .* --engine hf"),
 ])
 def test_bad_input_is_one_line(change, message, tiny_llama, prompts, tmp_path):

@@ -190,7 +190,8 @@ def test_two_processes_finish_what_three_had_begun(reference, model, prompts, wa
 def test_only_journals_of_its_own_processes_are_gathered_or_discarded(tmp_path):
     """Whatever digits other runs have in their names."""
     own = tmp_path / "s.jsonl"
-    others = [tmp_path / name for name in ("s.2.jsonl", "s.2x.jsonl", "s.10.process1.jsonl")]
+    others = [tmp_path / name for name in ("s.2.jsonl", "s.2x.jsonl", "s.10.process1.jsonl",
+                                          "s.process1.old.jsonl")]
     further = [tmp_path / "s.process1.jsonl", tmp_path / "s.process12.jsonl"]
     for path in (own, *further, *others):
         path.write_text('{"seed": 1}\n{"prompt": 0}\n')
