@@ -223,6 +223,8 @@ def load_model(settings: SimpleNamespace):
     if runs.is_main():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"model: {settings.base_model}, {trained / 1e6:.2f} M parameters trained")
+        if settings.full_finetune and (note := models.note_on_bf16(load_in)):
+            print(note)
     return model
 
 

@@ -166,6 +166,18 @@ def shards_weights() -> bool:
                                           and told("DEEPSPEED_ZERO_STAGE") == "3")
 
 
+def note_on_bf16(load_in: str) -> str:
+    """A line for the user whose weights are trained in bf16 themselves; empty for others.
+
+    bf16 keeps 8 bits of a number, so a step below 1/256 of a weight is lost; DeepSpeed steps on
+    fp32 copies.
+    """
+    if load_in != "bf16" or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return ""
+    return ("note: the trained weights are bf16 themselves, in which small steps are lost; fp32 "
+            "keeps them, and a GPU computes in bf16 all the same")
+
+
 def output_head(model: "Module") -> "Module":
     """The module that turns hidden states into logits, through any wrappers."""
     return unwrapped(model).get_output_embeddings()

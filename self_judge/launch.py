@@ -185,6 +185,8 @@ def load_model(config: Config, seed: int, role: str = "model"):
     base, load_in = find_base(config.model), precision(config)
     if runs.is_main():
         print(f"{role}: {base} in {load_in}")
+        if config.peft_config is None and (note := models.note_on_bf16(load_in)):
+            print(note)
     set_seed(seed)
     return load_base(base, load_in, attention(config))
 

@@ -362,6 +362,14 @@ def test_full_finetuning_moves_every_weight(train, tiny_llama):
     assert AutoTokenizer.from_pretrained(result.folder).eos_token == "</s>"
 
 
+def test_weights_trained_in_bf16_are_told_but_for_deepspeed(train, monkeypatch):
+    told = "the trained weights are bf16 themselves"
+    assert told in train("--full_finetune", load_in="bf16", max_steps=1).out
+    assert told not in train(load_in="bf16", max_steps=1).out  # the adapter is fp32
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not models.note_on_bf16("bf16")
+
+
 def test_other_architecture(train, tiny_gpt2):
     result = train(base_model=tiny_gpt2)  # the default names are Llama's
     assert result.code == 2
