@@ -123,6 +123,9 @@ def _learnt(settings: SimpleNamespace, examples: list[Example],
     """
     objective, template = OBJECTIVES[settings.objective], load_template(
         settings.prompt_template_name)
+    if settings.objective == "forward" and (said := template.fixed_judgment):
+        raise InputError(f"--prompt_template_name {template.name} says {said!r} of every response, "
+                         "and --objective forward learns bad ones too; use alpaca")
     if objective.compare:
         examples, preferences = [], objective.compare(examples)
         rows = [preference_rows(preference, template, tokenizer, settings.cutoff_len)

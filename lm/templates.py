@@ -49,6 +49,13 @@ class Template:
                   for place, piece in enumerate(FIELD.split(text))]
         return pieces if response is None else [*pieces, response, "\n\n### Judgment:\n"]
 
+    @property
+    def fixed_judgment(self) -> str:
+        """What `prompt`, as alpaca_positive's, has where the other one has its judgment; or ""."""
+        head, _, rest = self.prompt_with_judgment.partition("{judgment}")
+        is_like_it = self.prompt.startswith(head) and self.prompt.endswith(rest)
+        return self.prompt[len(head):len(self.prompt) - len(rest)] if is_like_it else ""
+
     def chat_template(self) -> str:
         """Jinja that writes a dialogue: the prompt without a judgment, turn after turn.
 

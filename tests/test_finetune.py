@@ -588,6 +588,8 @@ def test_bad_data(name, train, tmp_path):
     ({"batch_size": 10}, r"--batch_size 10 is not a multiple of --micro_batch_size 4 x 1 proc"),
     ({"cutoff_len": 10}, "--cutoff_len 10 leaves no room for a response"),
     ({"prompt_template_name": "alpacca"}, "alpacca: unknown template; use one of alpaca"),
+    ({"prompt_template_name": "alpaca_positive", "objective": "forward"},
+     "alpaca_positive says 'The response is satisfactory.' of every response, .* use alpaca"),
     ({"load_in": "3bit"}, "--load_in is '3bit'; expected one of auto"),
     ({"load_in": "8bit", "full_finetune": True}, "--full_finetune cannot train --load_in 8bit"),
     ({"report_to": "paper"}, "report_to 'paper': unknown; use none, all, or some of azure_ml"),

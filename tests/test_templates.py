@@ -156,3 +156,8 @@ def test_bad_template_file_is_one_line(content, message, tmp_path):
 def test_unknown_template_names_those_there_are(name):
     with pytest.raises(InputError, match=r"unknown template; use one of .*alpaca"):
         load_template(name)
+
+
+def test_a_template_with_a_fixed_judgment_says_which():
+    assert load_template("alpaca_positive").fixed_judgment == "The response is satisfactory."
+    assert [load_template(name).fixed_judgment for name in ("alpaca", "plain")] == ["", ""]
