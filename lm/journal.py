@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from lm.records import InputError, Record
+from lm.records import InputError, Record, changes
 
 
 def open_journal(path: Path, settings: Mapping) -> tuple[IO[str], list[Record]]:
@@ -115,9 +115,7 @@ def merge(file: IO[str], others: Sequence[Path], settings: Mapping) -> None:
 
 def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
     """Stop unless the settings are those that a file was made with."""
-    changed = [f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}"
-               for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if changed:
+    if changed := changes(found, wanted):
         raise InputError(f"{path}: was made with other settings ({'; '.join(changed)}); "
                          "go on with those, write elsewhere, or --overwrite")
 

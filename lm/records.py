@@ -250,6 +250,16 @@ def _no_text(record: Record) -> str | None:
     return None
 
 
+def changes(found: Mapping, wanted: Mapping) -> list[str]:
+    """What is another than it was, in words.
+
+    >>> changes({"seed": 1, "limit": 0}, {"seed": 2, "limit": 0})
+    ['seed was 1, is 2']
+    """
+    return [f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}"
+            for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, without the page of advice that libraries add."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from lm.records import InputError, Record, sha256, write_json
+from lm.records import InputError, Record, changes, sha256, write_json
 
 # What a model's answers depend on
 MODEL_FILES = ("*model*.safetensors", "*model*.bin", "tokenizer*", "*.jinja", "vocab.json",
@@ -73,12 +73,6 @@ def made_of(inputs: Mapping[str, str | Path], settings: Mapping, found: Record |
     return {"settings": dict(settings), "inputs": {
         name: digest(source) if Path(source).exists() or not found else found["inputs"].get(name)
         for name, source in inputs.items()}}
-
-
-def changes(found: Mapping, wanted: Mapping) -> list[str]:
-    """What is another than it was, in words."""
-    return [f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}"
-            for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
 
 
 def refuse_missing(manifest: Path, inputs: Mapping[str, str | Path]) -> None:

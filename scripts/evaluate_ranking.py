@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.models import find_adapter, resolve_model
-from lm.records import InputError, write_json
+from lm.records import InputError, changes, write_json
 from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.generate import fingerprint
@@ -114,8 +114,7 @@ def read_measured(path: Path, settings: dict, overwrite: bool) -> dict:
         raise InputError(f"{path}: is no result of this script; give another --name or "
                          "--output_dir")
     measured = read(path)
-    changed = [f"{key} was {measured['settings'].get(key)!r}, is {value!r}"
-               for key, value in settings.items() if measured["settings"].get(key) != value]
+    changed = changes(measured["settings"], settings)
     if changed and not overwrite:
         raise InputError(f"{path}: was measured with other settings ({'; '.join(changed)}); give "
                          "another --name or --output_dir, or --overwrite")
