@@ -41,7 +41,7 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
                 for name, texts in answers.items()}
     shares = {name: shares_by_kind(records, held) for name, held in verdicts.items()}
     changes = {name: changed(verdicts, name) for name in list(verdicts)[1:]}
-    print("\n".join(table_of(shares) + change_lines(shares, changes)))
+    print("\n".join(table_of(shares) + change_lines(shares, changes) + empty_lines(answers)))
     print("\n".join(side_by_side(records, answers, verdicts, show)))
     if output:
         write_json(output, results(prompts, records, answers, verdicts, shares, changes))
@@ -133,6 +133,13 @@ def change_lines(shares: dict[str, dict[str, Share]], changes: dict[str, dict]) 
     return [f"{name} against {base}: {_points(shares[base]['all'], shares[name]['all'])} points; "
             f"{change['gained']} constraints gained, {change['lost']} lost"
             for name, change in changes.items()]
+
+
+def empty_lines(answers: dict[str, list[str]]) -> list[str]:
+    """One sentence for each model that leaves answers empty; they satisfy no constraint."""
+    counts = {name: sum(not text.strip() for text in texts) for name, texts in answers.items()}
+    return [f"{name}: {count} of {len(answers[name])} answers are empty and satisfy nothing"
+            for name, count in counts.items() if count]
 
 
 def _points(before: Share, after: Share) -> str:

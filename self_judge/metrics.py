@@ -18,7 +18,7 @@ PER_PAIR = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/ac
             "logps/chosen", "logps/rejected")
 PER_STEP = ("judge/pairs", "judge/margin", "judge/consistency", "judge/tie_rate",
             "judge/identical_rate", "judge/cut_rate", "query_cut_rate", "response_cut_rate",
-            "response_length/chosen", "response_length/rejected",
+            "response_empty_rate", "response_length/chosen", "response_length/rejected",
             *(f"{kind}/{phase}" for kind in ("seconds", "tokens_per_second")
               for phase in ("sample", "judge", "train")))
 
@@ -53,6 +53,7 @@ def count_step(means: Means, compared: Sequence[Comparison], winners: Sequence[s
     """Add what became of a step's queries."""
     kept = [pair.ranked(winner) for pair, winner in zip(compared, winners, strict=True) if winner]
     judged = [pair.judgment for pair in compared if not pair.judgment.identical]
+    responses = [response for pair in compared for response in (pair.response_a, pair.response_b)]
     for name, values in (
             ("judge/pairs", [winner is not None for winner in winners]),
             ("judge/margin", [abs(judgment.margin) for judgment in judged]),
@@ -61,8 +62,8 @@ def count_step(means: Means, compared: Sequence[Comparison], winners: Sequence[s
             ("judge/identical_rate", [pair.judgment.identical for pair in compared]),
             ("judge/cut_rate", [judgment.cut for judgment in judged]),
             ("query_cut_rate", [pair.query_cut for pair in compared]),
-            ("response_cut_rate", [response.finish_reason == "length" for pair in compared
-                                   for response in (pair.response_a, pair.response_b)])):
+            ("response_cut_rate", [response.finish_reason == "length" for response in responses]),
+            ("response_empty_rate", [not response.text.strip() for response in responses])):
         means.add(name, sum(values), len(values))
     count_lengths(means, [(chosen.token_ids, rejected.token_ids) for chosen, rejected in kept])
 

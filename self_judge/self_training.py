@@ -124,9 +124,20 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
 
 
 def save(config: Config, run: dict, trainer: SelfJudgeTrainer) -> None:
-    """What was learnt, how rewards and judge went, and what took the time."""
+    """What was learnt, how rewards and judge went, what took the time, and what went wrong."""
     times = {phase: [entry[f"seconds/{phase}"] for entry in trainer.state.log_history
                      if f"seconds/{phase}" in entry] for phase in PHASES}
     text = ", ".join(f"{phase} {sum(seconds) / len(seconds):.2f}"
                      for phase, seconds in times.items() if seconds)
-    launch.save(config, run, trainer, SUMMARY, text and f"\nseconds a step: {text}")
+    launch.save(config, run, trainer, SUMMARY, (text and f"\nseconds a step: {text}")
+                + collapse(trainer.state.log_history))
+
+
+def collapse(log_history: list[dict]) -> str:
+    """A line for the user whose policy has learnt to say nothing; empty for others."""
+    rates = [entry["response_empty_rate"] for entry in log_history
+             if "response_empty_rate" in entry]
+    if not rates or rates[-1] <= 0.5:
+        return ""
+    return (f"\n{rates[-1]:.0%} of the last sampled responses are empty: the policy has learnt to "
+            "say nothing; take fewer steps or a lower training_args.learning_rate")

@@ -111,6 +111,14 @@ def test_differing_verdicts_are_shown_first(tmp_path, capsys):
     assert "base breaks" in shown and "cut  keeps" in shown
 
 
+def test_empty_answers_are_told(files, tmp_path, capsys):
+    prompts, base, better = files
+    silent = answer_file(tmp_path / "silent.json", ["", "Tea.", " \n"])
+    main(prompts=prompts, outputs=[base, better, silent])
+    assert [line for line in capsys.readouterr().out.splitlines() if "are empty" in line] == [
+        "silent: 2 of 3 answers are empty and satisfy nothing"]
+
+
 def test_a_single_model_needs_no_comparison(files, capsys):
     main(files[0], files[1], show=0)
     shown = capsys.readouterr().out

@@ -27,7 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 import self_judge.inputs
 import self_judge.metrics
 import self_judge.pairs
-from lm.generation import generate
+from lm.generation import Response, generate
 from lm.models import load_model
 from lm.records import InputError
 from lm.templates import prompt_ids, response_ids
@@ -36,6 +36,7 @@ from self_judge.inputs import training_arguments
 from self_judge.metrics import PER_PAIR
 from self_judge.pairs import part_of
 from self_judge.sampling import sampling_of, unchanged_base
+from self_judge.self_training import collapse
 from self_judge.trainer import PeftSavingCallback, SelfJudgeTrainer
 
 TEMPLATE = "{context}\nResponse A: {response_a}\nResponse B: {response_b}\nThe better response is"
@@ -307,6 +308,19 @@ def test_identical_responses_never_become_a_pair(make, script, monkeypatch):
         key: engine(prompts, seed)[key - key % 2] for key in prompts})
     assert not first_batch(trainer)["completion_mask"].any()
     assert trainer.pairs_in_step == 0
+
+
+def test_a_policy_that_has_come_to_say_nothing_is_told(make, script, monkeypatch):
+    trainer = make({"max_steps": 1}, show_every=0)
+    engine = trainer.engine.responses
+    monkeypatch.setattr(trainer.engine, "responses", lambda prompts, seed: {
+        key: response if key == 0 else Response("", (EOS,), "stop")
+        for key, response in engine(prompts, seed).items()})
+    log = steps(trainer)
+    assert log[0]["response_empty_rate"] == 7 / 8
+    assert "88% of the last sampled responses are empty" in collapse(trainer.state.log_history)
+    assert not collapse([{"response_empty_rate": 0.9}, {"response_empty_rate": 0.1}, {"loss": 1}])
+    assert not collapse([])
 
 
 @pytest.mark.parametrize("ties", ["drop", "keep"])
