@@ -22,7 +22,7 @@ from lm.models import (
     resolve_model,
 )
 from lm.records import InputError, sha256, whole_folder, write_json
-from lm.stages import digest
+from lm.stages import content_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def main(base_model_name_or_path: str, peft_model_path: str, output_dir: str,
         print(f"note: {adapter} was trained on {others}, not on {base}")
     output = Path(output_dir).expanduser()
     weights = next(adapter.glob("adapter_model.*"))
-    origin = {"base_model": base, "base_sha256": digest(base), "adapter": str(adapter),
+    origin = {"base_model": base, "base_sha256": content_hash(base), "adapter": str(adapter),
               "adapter_sha256": sha256(weights)}
     if is_merged(output, origin, overwrite):
         print(f"{output}: already merged from this adapter")

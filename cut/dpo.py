@@ -7,10 +7,8 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from cut.data import Rows
-from cut.trainer import FiniteGradients
 from lm.fused_head import NOT_MEASURED, score_responses_only
-from lm.precision import FullPrecision
-from lm.runs import WholeCheckpoints
+from lm.trainers import FiniteGradients, FullPrecision, WholeCheckpoints
 
 
 class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):

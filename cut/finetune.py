@@ -16,12 +16,13 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
 from cut.objectives import OBJECTIVES, learnt, left_out, preference_rows
-from cut.trainer import CutSettings, CutTrainer, NonFiniteLoss
+from cut.trainer import CutSettings, CutTrainer
 from lm import models, runs
 from lm.log_probs import check_head
 from lm.quantized import keep_gradients
 from lm.records import InputError, first_line, read_records
 from lm.templates import load_template
+from lm.trainers import NonFiniteLoss
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
             "save_steps": 1, "lora_r": 1, "warmup_steps": 0, "learning_rate": 0, "val_set_size": 0,

@@ -13,23 +13,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cut.data import Batch, Rows, collate, within_budget
 from cut.loss import CutLoss, cut_loss
 from lm.log_probs import supervised_log_probs, supervised_log_probs_by_length
-from lm.parts import InParts
-from lm.runs import WholeCheckpoints
+from lm.trainers import FiniteGradients, InParts, NonFiniteLoss, WholeCheckpoints
 
 # One record a forward is as fast as four on a CPU and needs a third of the memory; a GPU wants
 # enough tokens to fill its matrix units.
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 8192}
 PADDING = -1  # the index of an example without weight
-
-
-class NonFiniteLoss(Exception):
-    """Training met a loss or gradient that is not a number."""
 
 
 @dataclass(frozen=True)
@@ -186,18 +181,6 @@ class Statistics:
             "p_ratio": torch.tensor(total["log_ratio"] / tokens).exp().item(),  # geometric mean
             "tokens_per_second": total["tokens"] / seconds,
         }
-
-
-class FiniteGradients(TrainerCallback):
-    """Stop before a gradient that is not finite reaches the weights (DeepSpeed hides them)."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if args.fp16:  # the gradient scaler skips such steps: that is how it finds its scale
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
-            raise NonFiniteLoss(f"the gradient is not finite at step {state.global_step + 1}; "
-                                "the last checkpoint is kept")
 
 
 def cut_losses(model, batch: Batch, settings: CutSettings, by_length: bool = False) -> CutLoss:

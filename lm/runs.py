@@ -208,23 +208,6 @@ def is_whole(checkpoint: Path) -> bool:
     return "global_step" in state
 
 
-class WholeCheckpoints:
-    """Before `Trainer` among a trainer's parents: trainer_state.json ends a checkpoint.
-
-    The random state is the last file that each process writes; then the first one alone writes
-    trainer_state.json, and would not wait for the others. No pickle of the arguments is left
-    beside the weights: run.json tells them.
-    """
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
-
 def check_trackers(report_to: str) -> None:
     """Stop at a tracker that transformers does not know, or that is not installed."""
     from transformers.integrations import integration_utils

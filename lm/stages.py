@@ -56,7 +56,7 @@ def done_once(manifest: Path, inputs: Mapping[str, str | Path], settings: Mappin
     print(f"\n== {title}", flush=True)
     begin = time.monotonic()
     counts = work()
-    record = {**made, "outputs": {name: digest(path) for name, path in outputs.items()},
+    record = {**made, "outputs": {name: content_hash(path) for name, path in outputs.items()},
               "cost": counts.pop("cost", 0.0), "counts": counts,
               "seconds": round(time.monotonic() - begin, 1)}
     write_json(manifest, record)
@@ -69,9 +69,10 @@ def read_manifest(manifest: Path) -> Record | None:
 
 
 def made_of(inputs: Mapping[str, str | Path], settings: Mapping, found: Record | None) -> Record:
-    """A stage's settings and its inputs' digests; `found` knows those that are gone by now."""
+    """A stage's settings and its inputs' hashes; `found` knows those that are gone by now."""
+    known = found["inputs"] if found else None
     return {"settings": dict(settings), "inputs": {
-        name: digest(source) if Path(source).exists() or not found else found["inputs"].get(name)
+        name: content_hash(source) if Path(source).exists() or known is None else known.get(name)
         for name, source in inputs.items()}}
 
 
@@ -88,7 +89,7 @@ def refuse_other_outputs(manifest: Path, found: Mapping[str, str],
     """Stop if a finished stage's outputs are not what it made; those that are gone."""
     there = {name: path for name, path in outputs.items() if path.exists()}
     for name, path in there.items():
-        if digest(path) != found.get(name):
+        if content_hash(path) != found.get(name):
             raise InputError(f"{manifest}: {path} is not what this stage made; put that back, or "
                              "delete it and this manifest, and the same command makes it again")
     return [str(path) for name, path in outputs.items() if name not in there]
@@ -101,7 +102,7 @@ def refuse_changes(path: Path, found: Mapping, wanted: Mapping) -> None:
                          "put them back, or choose another --output_dir")
 
 
-def digest(source: str | Path) -> str:
+def content_hash(source: str | Path) -> str:
     """The sha256 of a file, or of a folder's weights and tokenizer; the name of what is no path."""
     path = Path(source)
     if path.is_file():
@@ -109,7 +110,7 @@ def digest(source: str | Path) -> str:
     files = sorted(file for kind in MODEL_FILES for file in path.glob(kind))
     if not files:
         return str(source)
-    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(content_hash, files)).encode()).hexdigest()
 
 
 @functools.cache

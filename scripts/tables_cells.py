@@ -24,7 +24,7 @@ from pathlib import Path
 from lm.models import resolve_model
 from lm.records import InputError, Record, write_json
 from lm.runs import REPOSITORY, describe_run
-from lm.stages import digest, locked, made_of, read_manifest
+from lm.stages import content_hash, locked, made_of, read_manifest
 from lm.templates import TEMPLATES
 
 # Keys of a row that are no values for its commands.
@@ -221,7 +221,7 @@ def key_of(study: Study, cell: Cell) -> str:
     It needs no other cell's folder: what such a cell is made of stands for what it made.
     """
     own = str(study.folder)
-    inputs = {name: digest(path) for name, path in inputs_of(study, cell).items()
+    inputs = {name: content_hash(path) for name, path in inputs_of(study, cell).items()
               if not Path(path).is_relative_to(REPOSITORY / own)}
     settings = settings_of(study, cell)
     settings["commands"] = [command.replace(own, "") for command in settings["commands"]]
@@ -234,7 +234,7 @@ def settings_of(study: Study, cell: Cell) -> dict:
     """What a cell's result follows from, beside its inputs."""
     return {"commands": commands_of(study, cell), "seed": cell.seed,
             "learning_rate": cell.rate or chosen_rate(study, cell.row),
-            "model": digest(resolve_model(study.settings["model"]))}
+            "model": content_hash(resolve_model(study.settings["model"]))}
 
 
 def inputs_of(study: Study, cell: Cell) -> dict[str, str]:

@@ -26,11 +26,14 @@ from trl import SFTTrainer
 
 from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
-from lm.parts import InParts
-from lm.precision import FullPrecision
 from lm.records import InputError
-from lm.repeats import present_rows, present_rows_of_evaluation
-from lm.runs import WholeCheckpoints
+from lm.trainers import (
+    FullPrecision,
+    InParts,
+    WholeCheckpoints,
+    present_rows,
+    present_rows_of_evaluation,
+)
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
 

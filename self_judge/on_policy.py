@@ -14,8 +14,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from lm.generation import Response, token_budget_batches
-from lm.repeats import present_rows
 from lm.templates import prompt_ids
+from lm.trainers import present_rows
 from self_judge.judgment import Pair, judge_pairs
 from self_judge.metrics import count_lengths, count_step, counted_tokens
 from self_judge.pairs import Comparison, Row, empty_row, keep_end, part_of

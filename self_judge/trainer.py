@@ -41,11 +41,8 @@ from trl import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from lm.fused_head import NOT_MEASURED, score_responses_only
-from lm.parts import InParts
-from lm.precision import FullPrecision
 from lm.records import InputError
-from lm.repeats import present_rows_of_evaluation
-from lm.runs import WholeCheckpoints
+from lm.trainers import FullPrecision, InParts, WholeCheckpoints, present_rows_of_evaluation
 from self_judge.collators import SelfJudgeCollator
 from self_judge.config import CHOICES
 from self_judge.inputs import (

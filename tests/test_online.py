@@ -27,7 +27,7 @@ from fault_server import FaultServer
 from cut.online import audit, in_order
 from lm.cli import _reject_unknown_flags
 from lm.records import InputError, read_records, write_json
-from lm.stages import digest
+from lm.stages import content_hash
 from scripts import online, online_stages, plot_online
 from scripts.make_sample_data import make_instructions
 
@@ -466,10 +466,10 @@ def test_several_gpus_train_by_torchrun(settings, monkeypatch, capsys):
 def test_digest_of_a_model_is_that_of_its_weights(tiny_llama, tmp_path):
     copy = shutil.copytree(tiny_llama, tmp_path / "copy")
     (copy / "merge.json").write_text("{}")
-    assert digest(copy) == digest(tiny_llama) and len(digest(copy)) == 64
+    assert content_hash(copy) == content_hash(tiny_llama) and len(content_hash(copy)) == 64
     (copy / "model.safetensors").write_bytes(b"other")
-    assert digest(copy) != digest(tiny_llama)
-    assert digest("org/name") == "org/name"
+    assert content_hash(copy) != content_hash(tiny_llama)
+    assert content_hash("org/name") == "org/name"
 
 
 def test_plot_needs_a_finished_round(tmp_path):

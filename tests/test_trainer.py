@@ -20,11 +20,10 @@ from cut.trainer import (
     CutSettings,
     CutTrainer,
     EpochSampler,
-    FiniteGradients,
-    NonFiniteLoss,
     PaddedExamples,
     cut_losses,
 )
+from lm.trainers import FiniteGradients, NonFiniteLoss
 
 SETTINGS = CutSettings(threshold=1.02, weight_unlike=0.5, gamma=0.5)
 VOCABULARY = 450  # of the tiny models
