@@ -83,7 +83,7 @@ def main(
         val_set_size: Records held out for validation, or instructions of DPO's pairs; a fraction if
             below 1.
         lr_scheduler: A transformers schedule, such as cosine, linear or constant_with_warmup.
-        warmup_steps: Steps in which the learning rate climbs to its peak.
+        warmup_steps: Steps in which the learning rate climbs to its peak; constant has none.
         lora_r: Rank of the LoRA update.
         lora_alpha: Scale of the LoRA update is lora_alpha / lora_r.
         lora_dropout: Dropout before the LoRA layers; ilf_dpo and dpo have none, as in trl.
@@ -108,7 +108,8 @@ def main(
         without: Leave parts out of CUT (Table 4): some of l1, align_p, align_n, detection, weight,
             separated by commas.
         beta: Of ilf_dpo and dpo: how near to stay to the base; more than 0.
-        as_in_paper: gamma 1 unless given, and L1 + L2 without the halving.
+        as_in_paper: gamma 1 unless more than 0 is given (for none, --without weight), and L1 + L2
+            without the halving.
         as_released: Keep failed and blank judgments as text.
         load_in: Base precision: 8bit, 4bit, bf16, fp16, fp32; auto is 8bit on CUDA, fp32 on CPU.
         full_finetune: Train every weight instead of LoRA.

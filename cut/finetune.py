@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 
 from cut.data import Counts, Example, Rows, examples_of, rows_of
 from cut.objectives import OBJECTIVES, learnt, left_out, preference_rows
@@ -22,12 +22,17 @@ from lm.log_probs import check_head
 from lm.quantized import keep_gradients
 from lm.records import InputError, first_line, read_records
 from lm.templates import load_template
-from lm.trainers import NonFiniteLoss
+from lm.trainers import LastStepLogged, NonFiniteLoss
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
-            "save_steps": 1, "lora_r": 1, "warmup_steps": 0, "learning_rate": 0, "val_set_size": 0,
-            "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0, "lora_dropout": 0,
-            "beta": 0}
+            "save_steps": 1, "lora_r": 1, "lora_alpha": 1, "warmup_steps": 0, "learning_rate": 0,
+            "val_set_size": 0, "weight_unlike": 0, "gamma": 0, "threshold": 0, "seed": 0,
+            "lora_dropout": 0, "beta": 0, "max_steps": -1, "visualize": 0}
+LARGEST = 2**32 - 1  # numpy's largest seed; other numbers above it are slips, too
+AT_MOST = {"learning_rate": 1e30}  # fp32 ends at 3e38
+# Schedules of transformers
+BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
+WITHOUT_WARMUP = ("constant", *BY_VALIDATION)
 DEBUG_EXAMPLES, DEBUG_STEPS = 16, 2
 
 
@@ -42,18 +47,20 @@ class Data:
     validation: list[Rows]
 
 
-def check(flags: dict) -> SimpleNamespace:
-    """The settings, with their defaults that depend on other flags; stops at what cannot work."""
+def check(flags: dict, processes: int | None = None) -> SimpleNamespace:
+    """The settings, with their defaults that depend on other flags; stops at what cannot work.
+
+    `processes` is how many a training to come will have; of this one, the launcher tells.
+    """
     settings = SimpleNamespace(**flags)
     for name in ("base_model", "data_path", "output_dir"):
         if not getattr(settings, name):
             raise InputError(f"--{name} is required (--help lists every flag)")
-    for name, least in AT_LEAST.items():
-        if getattr(settings, name) < least:
-            raise InputError(f"--{name} is {getattr(settings, name)}; expected {least} or more")
-    if settings.num_epochs <= 0 or settings.max_steps == 0:
-        raise InputError(f"--num_epochs {settings.num_epochs} and --max_steps "
-                         f"{settings.max_steps} leave no step to train")
+    _check_numbers(settings)
+    _check_schedule(settings)
+    if not all(isinstance(layer, str) for layer in settings.lora_target_modules):
+        raise InputError(f"--lora_target_modules is {settings.lora_target_modules}; expected names "
+                         "of layers, separated by commas, or all-linear")
     if settings.load_in not in models.PRECISIONS:
         raise InputError(f"--load_in is {settings.load_in!r}; expected one of "
                          f"{', '.join(models.PRECISIONS)}")
@@ -85,9 +92,37 @@ def check(flags: dict) -> SimpleNamespace:
     if settings.wandb_project and settings.report_to == "none":
         settings.report_to = "wandb"
     runs.check_trackers(settings.report_to)
-    settings.world_size = runs.world_size()
+    settings.world_size = processes or runs.world_size()
     settings.accumulation = _accumulation(settings)
     return settings
+
+
+def _check_numbers(settings: SimpleNamespace) -> None:
+    for name, value in vars(settings).items():
+        most = AT_MOST.get(name, LARGEST)
+        if isinstance(value, int | float) and not value <= most:  # NaN is not
+            raise InputError(f"--{name} is {value}; expected {most} or less")
+    for name, least in AT_LEAST.items():
+        if getattr(settings, name) < least:
+            raise InputError(f"--{name} is {getattr(settings, name)}; expected {least} or more")
+    if settings.lora_dropout >= 1:
+        raise InputError(f"--lora_dropout is {settings.lora_dropout}; expected less than 1")
+    if settings.num_epochs <= 0 or settings.max_steps == 0:
+        raise InputError(f"--num_epochs {settings.num_epochs} and --max_steps "
+                         f"{settings.max_steps} leave no step to train")
+
+
+def _check_schedule(settings: SimpleNamespace) -> None:
+    """Have transformers make the schedule: some want arguments for which there is no flag."""
+    if settings.lr_scheduler in BY_VALIDATION and not settings.val_set_size:
+        raise InputError(f"--lr_scheduler {settings.lr_scheduler} follows the loss on validation "
+                         "records; add --val_set_size")
+    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], settings.learning_rate)
+    try:
+        get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, 1)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--lr_scheduler {settings.lr_scheduler} cannot be used here "
+                         f"({first_line(error)}); use another, such as cosine") from error
 
 
 def load_data(settings: SimpleNamespace) -> Data:
@@ -197,7 +232,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
                     "gradient_checkpointing": False}  # load_model has switched it on or not
     try:
         arguments = kind(**options)
-    except ValueError as error:  # an unknown schedule, for example
+    except ValueError as error:  # what else transformers and trl refuse
         raise InputError(first_line(error)) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never DataParallel: a process drives one GPU
     return arguments
@@ -210,6 +245,7 @@ def load_model(settings: SimpleNamespace):
     if settings.full_finetune and load_in == "auto":
         load_in = "fp32"  # master weights; the forward pass runs in bf16 on a GPU
     model = models.load_model(settings.base_model, load_in, settings.attn_implementation)
+    models.refuse_adapter(model, settings.base_model)
     if load_in == "4bit":
         keep_gradients(model)
     if settings.full_finetune:
@@ -249,13 +285,16 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
     if OBJECTIVES[settings.objective].compare:
         from cut.dpo import PairTrainer
 
-        return PairTrainer(model, arguments, data.train, data.validation or None,
-                           processing_class=data.tokenizer)
-    return CutTrainer(
-        model=model, args=arguments, train_dataset=data.train,
-        eval_dataset=data.validation or None, processing_class=data.tokenizer,
-        settings=cut_settings(settings), pad_id=pad_id(data.tokenizer),
-        group_by_length=settings.group_by_length)
+        trainer = PairTrainer(model, arguments, data.train, data.validation or None,
+                              processing_class=data.tokenizer)
+    else:
+        trainer = CutTrainer(
+            model=model, args=arguments, train_dataset=data.train,
+            eval_dataset=data.validation or None, processing_class=data.tokenizer,
+            settings=cut_settings(settings), pad_id=pad_id(data.tokenizer),
+            group_by_length=settings.group_by_length)
+    trainer.add_callback(LastStepLogged())
+    return trainer
 
 
 def train(settings: SimpleNamespace, trainer: Trainer, checkpoint: str | None) -> None:
@@ -298,6 +337,9 @@ def schedule(settings: SimpleNamespace, count: int) -> str:
     if steps < 0:
         steps = math.ceil(math.ceil(count / settings.batch_size) * settings.num_epochs)
     line = f"steps: {steps}, {settings.batch_size} examples each; "
+    if settings.lr_scheduler in WITHOUT_WARMUP:
+        return line + (f"learning rate starts at {settings.learning_rate:.3g}: "
+                       f"{settings.lr_scheduler} has no warm-up")
     if steps <= settings.warmup_steps:
         reached = settings.learning_rate * (steps - 1) / settings.warmup_steps
         return line + (f"fewer than warmup_steps {settings.warmup_steps}, so the learning rate "

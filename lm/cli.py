@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import get_args
 
@@ -97,21 +97,40 @@ def _overrides(command: Callable) -> str | None:
 
 def _checked(command: Callable, calls: list[Callable]) -> Callable:
     """What fire calls: checks the flags' types and notes the call in `calls`."""
-    kinds = {name: get_args(p.annotation) if isinstance(p.annotation, UnionType)
-             else (p.annotation,)
-             for name, p in inspect.signature(command).parameters.items()}
+    kinds = _kinds(command)
 
     @functools.wraps(command)
     def call(*args, **kwargs):
         given = inspect.signature(command).bind(*args, **kwargs).arguments
         for name, value in given.items():
-            if name != _overrides(command) and not _fits(value, kinds[name]):
-                raise InputError(f"--{name} is {value!r}; expected "
-                                 + " or ".join(getattr(k, "__name__", str(k))
-                                               for k in kinds[name]))
+            if name != _overrides(command):
+                _refuse_other_kinds(name, value, kinds[name])
         calls.append(functools.partial(command, *args, **kwargs))
 
     return call
+
+
+def typed(command: Callable, texts: Mapping[str, str]) -> dict[str, object]:
+    """The values that `command` gets where these texts are typed after its flags."""
+    kinds = _kinds(command)
+    values = {name: text if kinds[name] == (str,) else fire.parser.DefaultParseValue(text)
+              for name, text in texts.items()}
+    for name, value in values.items():
+        _refuse_other_kinds(name, value, kinds[name])
+    return values
+
+
+def _kinds(command: Callable) -> dict[str, tuple]:
+    """The types that each parameter may have."""
+    return {name: get_args(parameter.annotation) if isinstance(parameter.annotation, UnionType)
+            else (parameter.annotation,)
+            for name, parameter in inspect.signature(command).parameters.items()}
+
+
+def _refuse_other_kinds(name: str, value: object, kinds: tuple) -> None:
+    if not _fits(value, kinds):
+        raise InputError(f"--{name} is {value!r}; expected "
+                         + " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds))
 
 
 def _quoted(command: Callable, arguments: list[str]) -> list[str]:

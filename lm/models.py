@@ -79,7 +79,7 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
     if attn_implementation == "auto":
         attn_implementation = _fastest_attention(dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, quantization_config=quantization,
             attn_implementation=attn_implementation, device_map=_device_map(quantization, device))
     except (OSError, ValueError, ImportError) as error:
@@ -89,6 +89,10 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
             raise
         raise InputError(f"--load_in {load_in} does not work on this machine "
                          f"({first_line(error)}); use --load_in bf16 or fp32") from error
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):  # as trl leaves a mixture of experts:
+        config.output_router_logits = False  # its balance cannot be had where a cache is used
+    return model
 
 
 def precision(load_in: str) -> str:
@@ -124,8 +128,10 @@ def add_lora(model: "PreTrainedModel", r: int, alpha: int, dropout: float,
     try:
         return with_cheap_dropout(get_peft_model(model, config))
     except ValueError as error:  # a mixture's experts with dropout, some layers of Mamba's
-        raise InputError(f"--lora_target_modules: {type(model).__name__} cannot have LoRA there "
-                         f"({first_line(error)}); choose other layers") from error
+        remedy = ("--lora_dropout 0" if "lora_dropout" in str(error) else
+                  "other --lora_target_modules")
+        raise InputError(f"{type(model).__name__} cannot have LoRA there ({first_line(error)}); "
+                         f"use {remedy}") from error
 
 
 def find_adapter(name: str) -> Path:
@@ -139,6 +145,35 @@ def find_adapter(name: str) -> Path:
         raise InputError(f"{name}: is not an adapter (it lacks adapter_config.json or "
                          "adapter_model.safetensors)")
     return folder
+
+
+def adapter_config(name: str) -> Path | None:
+    """The adapter_config.json of a name that is an adapter's, a folder or a name on the Hub.
+
+    A folder that holds a model's weights too is a model's.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        note = folder / "adapter_config.json"
+        whole = any(any(folder.glob(kind)) for kind in ("model*.safetensors", "pytorch_model*.bin"))
+        return note if note.is_file() and not whole else None
+    if name == DEFAULT_MODEL or _looks_local(name):
+        return None
+    try:
+        found = find_adapter_config_file(name)
+    except OSError:  # whoever loads it says why it cannot be had
+        return None
+    return Path(found) if found else None
+
+
+def refuse_adapter(model: "PreTrainedModel", name: str) -> None:
+    """Stop where transformers has put an adapter on its base, which training would replace."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{name}: holds an adapter, which a new one would replace; write the "
+                         f"merged model with `python merge.py --peft_model_path {name}` and name "
+                         "that")
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
@@ -190,9 +225,14 @@ def without_adapter(model: "Module") -> "Module":
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def context_of(model: "Module") -> int | None:
-    """The longest input in tokens; models without learned or rotary positions state none."""
-    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+def context_of(model: "Module | str") -> int | None:
+    """The longest input in tokens of a model, or of one by name; some architectures state none."""
+    from transformers import AutoConfig
+
+    config = (AutoConfig.from_pretrained(model) if isinstance(model, str)
+              else unwrapped(model).config).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit or getattr(config, "max_seq_len", None)  # MPT's name for it
 
 
 @contextlib.contextmanager
@@ -327,7 +367,7 @@ def _lora_targets(model: "PreTrainedModel",
         there = sorted({layer.rpartition(".")[2] for layer in layers})
         raise InputError(f"--lora_target_modules: {type(model).__name__} has no layer "
                          f"{', '.join(missing) or 'to train'}; it has {', '.join(there)} "
-                         "(`--lora_target_modules all-linear` works everywhere)")
+                         "(`--lora_target_modules all-linear` works for most)")
     return wanted
 
 

@@ -40,6 +40,8 @@ def read_records(source: str | Path, split: str = "train", data_dir: str | None 
     path = Path(source)
     if path.is_file():
         records = _parse(_read_text(path), str(source), bad)
+    elif str(source) and path.is_dir():  # where `datasets` would mix all files that it finds
+        raise InputError(f"{source}: is a folder; give one of its .json, .jsonl or .gz files")
     elif looks_like_hub_id(str(source)):
         records = _read_hub(str(source), split, data_dir)
     else:
@@ -222,11 +224,21 @@ def _parse(text: str, source: str, bad: list[str] | None = None) -> list:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
+                if not records and _is_object(text):
+                    raise InputError(f"{source}: is one JSON object; expected a list of objects, "
+                                     "or JSON Lines, with one object on each line") from error
                 records.append(_Unreadable(f"{source}: line {number}: broken JSON ({error.msg}); "
                                            "mend or delete that line"))
                 if bad is None:
                     break
     return records
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def _read_hub(name: str, split: str, data_dir: str | None = None) -> list[Record]:

@@ -213,7 +213,10 @@ def check_trackers(report_to: str) -> None:
     from transformers.integrations import integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    for tracker in report_to.split(","):
+    trackers = report_to.split(",")
+    if len(trackers) > 1 and {"none", "all"} & {*trackers}:
+        raise InputError(f"report_to {report_to!r}: none and all stand alone")
+    for tracker in trackers:
         if tracker not in ("none", "all", *known):
             raise InputError(f"report_to {tracker!r}: unknown; use none, all, or some of "
                              f"{', '.join(known)}")

@@ -1,7 +1,7 @@
 """What our trainers need of `transformers.Trainer` that it does not do by itself.
 
 `InParts`, `WholeCheckpoints` and `FullPrecision` stand before it, or before a trainer of trl, among
-a trainer's parents; `FiniteGradients` is a callback.
+a trainer's parents; `FiniteGradients` and `LastStepLogged` are callbacks.
 """
 
 from dataclasses import replace
@@ -94,6 +94,18 @@ class FiniteGradients(TrainerCallback):
         if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
             raise NonFiniteLoss(f"the gradient is not finite at step {state.global_step + 1}; "
                                 "the last checkpoint is kept")
+
+
+class LastStepLogged(TrainerCallback):
+    """Log after the last step too: it may be no multiple of `logging_steps`.
+
+    Such a line holds the mean over the steps since the line before it. Where the last step is
+    logged anyway, the Trainer logs it once.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 # Rows that accelerate repeats at an epoch's end, so that all processes have equal batches, are no

@@ -64,12 +64,17 @@ if [ ! -e "$DATA" ]; then
         done ;;
     data/ultrafeedback-[0-9]*.json)
         rated=${DATA/-judged/}
-        python scripts/download_data.py ultrafeedback
-        python scripts/convert2alpaca.py --ultrafeedback data/downloads/ultrafeedback \
-            --limit "${rated//[^0-9]/}" --output "$rated"
+        if [ ! -e "$rated" ]; then
+            python scripts/download_data.py ultrafeedback
+            python scripts/convert2alpaca.py --ultrafeedback data/downloads/ultrafeedback \
+                --limit "${rated//[^0-9]/}" --output "$rated"
+        fi
         if [ "$DATA" != "$rated" ]; then # 1 in 10 may fail; they are left out, and told
-            python scripts/annotate.py --data_path "$rated" --output_path "$DATA" \
+            # Where more fail, annotate.py writes the others and stops: no DATA to train on
+            part=${DATA%.json}.part.json
+            python scripts/annotate.py --data_path "$rated" --output_path "$part" \
                 --judge server --model gpt-4 --max_cost 300 --max_failed 0.1
+            mv "$part" "$DATA"
         fi ;;
     *)
         echo "error: $DATA is not there" >&2

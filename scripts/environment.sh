@@ -9,6 +9,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     accelerate() { show accelerate "$@"; }
     ruff() { show ruff "$@"; }
     mkdir() { show mkdir "$@"; }
+    mv() { show mv "$@"; }
     cat() { :; } # a recipe's last words tell of results
     exec() { "$@"; } # it would look past the functions
     need() { :; }

@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.server import connect
+from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.evaluate_mt_bench import refuse_other_inputs
 
@@ -94,8 +96,6 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         judged = read_annotations(annotations)[:limit or None]
         folder = Path(output_dir) if output_dir else None
         about = {"benchmark": "alpaca_eval", "annotations": annotations}
-        if folder:
-            refuse_other_inputs(folder, about)
     else:
         pairs = read_pairs(model_outputs, reference_outputs, limit)
         folder = Path(output_dir or Path(model_outputs).with_suffix("") / "-".join(
@@ -104,20 +104,18 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         about = {"benchmark": "alpaca_eval", "model_outputs": model_outputs,
                  "annotator": annotator, "judge_model": model,
                  "reference_outputs": reference_outputs or "the Hub's"}
-        refuse_other_inputs(folder, about)
-        server = connect(model, base_url, flags, cache=str(folder / "cache"))
-        judged, undecided = annotate(judge, server, *pairs)
-        write_json(folder / "annotations.json", judged)
-        write_json(folder / "undecided.json", undecided)
-        about |= {"base_url": server.base_url, "cost_of_this_run": server.budget.cost}
-        if undecided:
-            print(f"{len(undecided)} undecided (the last: {undecided[-1]['error']}), listed in "
-                  f"{folder}/undecided.json; the same command asks for them again")
-    result = {"model": judged[0].get("generator_2") or "the model", **count(judged)}
-    print(summary(result))
-    if folder:
-        write_json(folder / "results.json", {**about, **result})
-        print(f"written: {folder}/results.json")
+    with locked(folder) if folder else nullcontext():  # a second run finds replies in the cache
+        if folder:
+            refuse_other_inputs(folder, about)
+        if model_outputs:
+            server = connect(model, base_url, flags, cache=str(folder / "cache"))
+            judged = annotate_into(folder, judge, server, *pairs)
+            about |= {"base_url": server.base_url, "cost_of_this_run": server.budget.cost}
+        result = {"model": judged[0].get("generator_2") or "the model", **count(judged)}
+        print(summary(result))
+        if folder:
+            write_json(folder / "results.json", {**about, **result})
+            print(f"written: {folder}/results.json")
     if (share := undecided_share(result)) > max_undecided:
         print(f"warning: {result['n_undecided']} of {len(judged)} pairs are undecided "
               f"({100 * share:.0f} %; --max_undecided allows {100 * max_undecided:g} %), so this "
@@ -191,6 +189,18 @@ def load_annotator(name: str, judge_model: str) -> tuple["PairwiseAnnotator", st
         raise InputError(f"--judge_model is missing; annotator {name} leaves the model open")
     # No cache of the package's: it would write beside its own code, 128 judgments at a time.
     return PairwiseAnnotator(annotators_config=folder.resolve(), caching_path=None), model
+
+
+def annotate_into(folder: Path, annotator: "PairwiseAnnotator", server: "Server",
+                  references: list[Record], answers: list[Record]) -> list[Record]:
+    """The judged pairs; they and what is undecided are written to the folder."""
+    judged, undecided = annotate(annotator, server, references, answers)
+    write_json(folder / "annotations.json", judged)
+    write_json(folder / "undecided.json", undecided)
+    if undecided:
+        print(f"{len(undecided)} undecided (the last: {undecided[-1]['error']}), listed in "
+              f"{folder}/undecided.json; the same command asks for them again")
+    return judged
 
 
 def annotate(annotator: "PairwiseAnnotator", server: "Server", references: list[Record],

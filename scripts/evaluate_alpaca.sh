@@ -28,6 +28,8 @@ TEMPLATE=${TEMPLATE:-alpaca}
 LIMIT=${LIMIT:-0}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
 MAX_COST=${MAX_COST:-0}                    # dollars; 0 is no limit
+PRICE_IN=${PRICE_IN:-}                     # dollars per million tokens of prompts, and of replies,
+PRICE_OUT=${PRICE_OUT:-}                   # of a model that configs/prices.yaml lacks
 GENERATE=${GENERATE:-}                     # further flags of generate.py: "--load_in 8bit" for 70B
 
 if [[ $REFERENCE = *.json* ]]; then need REFERENCE "$REFERENCE"; fi  # else a name of the Hub's
@@ -36,4 +38,5 @@ python scripts/generate.py --base_model_name_or_path "$MODEL" --template "$TEMPL
     ${PROMPTS:+--data_path "$PROMPTS"} $GENERATE
 python scripts/evaluate_alpaca.py --model_outputs "$OUTPUTS" --annotator "$ANNOTATOR" \
     --max_cost "$MAX_COST" ${JUDGE_MODEL:+--judge_model "$JUDGE_MODEL"} \
+    ${PRICE_IN:+--price_in "$PRICE_IN"} ${PRICE_OUT:+--price_out "$PRICE_OUT"} \
     ${BASE_URL:+--base_url "$BASE_URL"} ${REFERENCE:+--reference_outputs "$REFERENCE"}

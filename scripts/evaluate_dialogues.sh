@@ -36,6 +36,8 @@ fi
 REFERENCES=${REFERENCES:-}        # empty: the questions' own
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}
 MAX_COST=${MAX_COST:-0}           # dollars, of each of the two; 0 is no limit
+PRICE_IN=${PRICE_IN:-}            # dollars per million tokens of prompts, and of replies,
+PRICE_OUT=${PRICE_OUT:-}          # of a model that configs/prices.yaml lacks
 
 answer() { # MODEL QUESTIONS OUTPUT FLAGS...
     python scripts/generate_dialogues.py --base_model_name_or_path "$1" --data_path "$2" \
@@ -45,6 +47,7 @@ answer() { # MODEL QUESTIONS OUTPUT FLAGS...
 
 judge() { # SCRIPT FLAGS...
     python "$1" --judge_model "$JUDGE" --max_cost "$MAX_COST" \
+        ${PRICE_IN:+--price_in "$PRICE_IN"} ${PRICE_OUT:+--price_out "$PRICE_OUT"} \
         ${BASE_URL:+--base_url "$BASE_URL"} "${@:2}"
 }
 

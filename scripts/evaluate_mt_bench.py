@@ -38,7 +38,7 @@ from lm.records import (
     wrong_field,
 )
 from lm.server import connect
-from lm.stages import refuse_changes
+from lm.stages import locked, refuse_changes
 from lm.tables import paper_rows, table
 from scripts.report_results import read
 
@@ -90,21 +90,22 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
     inputs = {"benchmark": "mt_bench", "answers": answers, "references": references,
               "judge_model": judge_model, "template": template}
-    refuse_other_inputs(folder, inputs)
-    server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     turns = [(record, turn) for record in records for turn in range(len(record["turns"]))]
-    said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
-                        for each in turns], read_score)
-    judged = [{"question_id": record["question_id"], "category": record["category"],
-               "turn": turn + 1, "score": entry.pop("value"), **entry}
-              for (record, turn), entry in zip(turns, said, strict=True)]
-    write_json(folder / "judgments.json", judged)
-    failed = report_failed(judged, "score", folder)
-    scores = means(judged)
-    print(summary(scores, records[0]["generator"]))
-    write_json(folder / "results.json", {
-        **inputs, "model": records[0]["generator"], "base_url": server.base_url,
-        "cost_of_this_run": server.budget.cost, "failed": failed, "scores": scores})
+    with locked(folder):  # a second run finds all that the first has paid for in the cache
+        refuse_other_inputs(folder, inputs)
+        server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
+        said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
+                            for each in turns], read_score)
+        judged = [{"question_id": record["question_id"], "category": record["category"],
+                   "turn": turn + 1, "score": entry.pop("value"), **entry}
+                  for (record, turn), entry in zip(turns, said, strict=True)]
+        write_json(folder / "judgments.json", judged)
+        failed = report_failed(judged, "score", folder)
+        scores = means(judged)
+        print(summary(scores, records[0]["generator"]))
+        write_json(folder / "results.json", {
+            **inputs, "model": records[0]["generator"], "base_url": server.base_url,
+            "cost_of_this_run": server.budget.cost, "failed": failed, "scores": scores})
     print(f"written: {folder}/results.json")
 
 

@@ -29,6 +29,7 @@ from lm.prompts import fill, load_prompt
 from lm.records import InputError, Record, write_json
 from lm.server import connect
 from lm.shares import Share, wilson
+from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.evaluate_mt_bench import (
     ask,
@@ -79,23 +80,24 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
     inputs = {"benchmark": "vicuna", "answers": answers, "baseline_answers": baseline,
               "judge_model": judge_model, "template": template}
-    refuse_other_inputs(folder, inputs)
-    server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
     orders = [(pair, shown_first) for pair in pairs for shown_first in ("model", "baseline")]
-    said = ask(server, [Request(question(prompt, *order), max_new_tokens, temperature)
-                        for order in orders], read_verdict)
-    judged = [{"question_id": mine["question_id"], "category": mine["category"],
-               "shown_first": shown_first, "verdict": outcome(entry.pop("value"), shown_first),
-               **entry} for ((mine, _), shown_first), entry in zip(orders, said, strict=True)]
-    write_json(folder / "judgments.json", judged)
-    failed = report_failed(judged, "verdict", folder)
-    shares, undecided = count(judged)
     names = [pairs[0][side]["generator"] for side in (0, 1)]
-    print(summary(shares, *names, undecided))
-    write_json(folder / "results.json", {
-        **inputs, "model": names[0], "baseline": names[1], "base_url": server.base_url,
-        "cost_of_this_run": server.budget.cost, "failed": failed, "undecided": undecided,
-        "shares": {name: asdict(share) for name, share in shares.items()}})
+    with locked(folder):  # a second run finds all that the first has paid for in the cache
+        refuse_other_inputs(folder, inputs)
+        server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
+        said = ask(server, [Request(question(prompt, *order), max_new_tokens, temperature)
+                            for order in orders], read_verdict)
+        judged = [{"question_id": mine["question_id"], "category": mine["category"],
+                   "shown_first": shown_first, "verdict": outcome(entry.pop("value"), shown_first),
+                   **entry} for ((mine, _), shown_first), entry in zip(orders, said, strict=True)]
+        write_json(folder / "judgments.json", judged)
+        failed = report_failed(judged, "verdict", folder)
+        shares, undecided = count(judged)
+        print(summary(shares, *names, undecided))
+        write_json(folder / "results.json", {
+            **inputs, "model": names[0], "baseline": names[1], "base_url": server.base_url,
+            "cost_of_this_run": server.budget.cost, "failed": failed, "undecided": undecided,
+            "shares": {name: asdict(share) for name, share in shares.items()}})
     print(f"written: {folder}/results.json")
 
 

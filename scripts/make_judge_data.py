@@ -37,7 +37,8 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
         output_dir: folder to write to.
         held_out: so many responses are kept for measuring, or a few more: all responses to an
             instruction are on one side.
-        limit: train on only so many; fewer are part of more, and held_out.json stays. 0 is all.
+        limit: train on only so many; fewer are part of more, and held_out.json stays. 0 is all,
+            which is also what a larger number than that gives.
         template: judge prompt with a `target`, by name in configs/templates or path.
         seed: of the draw.
     """
@@ -57,6 +58,8 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
               f"{counts.dropped} failed judgments left out")
         examples += found
     train, apart = split(examples, held_out, seed)
+    if limit > len(train):
+        print(f"note: --limit {limit}, but only {len(train)} are left")
     train = train[:limit or None]
     folder = Path(output_dir)
     write_json(folder / "train.json", [learnt(prompt, example) for example in train])

@@ -13,13 +13,15 @@ OUTPUT_DIR/roundN/manifests/STAGE.json says what a stage was made of (settings, 
 what it made, its counts, seconds (of the run that finished it) and dollars. It is written last,
 and a stage that has one is not run again; so after a stop, even a kill, the same command goes on
 and ends with the same files. Changed settings, inputs or outputs are an error: a folder holds one
-run. Free to change are --rounds, --gpus, the audit's flags, and what changes no result (max_cost,
-which is for a round's judgments, those that are asked for twice included ...). A model may be
-deleted when the next round has its own.
+run. Free to change are --rounds, --gpus, the audit's flags, --train_settings until a first training
+has ended (delete round1/adapter if one has begun), and what changes no result (max_cost, which is
+for a round's judgments, those that are asked for twice included ...). A model may be deleted when
+the next round has its own.
 
 The audit stops a round before training if too many judgments failed, if nearly all or nearly none
-are positive, or if the judge, asked again with another seed, often says the opposite; and it stops
-at a win rate of which too many pairs are undecided (max_undecided of evaluate_alpaca.py).
+are positive, or if the judge, asked again with another seed, often says the opposite (where it
+could say something else); and it stops at a win rate of which too many pairs are undecided
+(max_undecided of evaluate_alpaca.py).
 """
 
 import difflib
@@ -35,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import finetune_unlikelihood
 from cut.online import in_order
-from lm.cli import run
+from lm.cli import run, typed
 from lm.models import resolve_model
 from lm.records import (
     InputError,
@@ -105,7 +107,8 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         max_failed: largest share of failed judgments.
         min_positive: smallest share of positive ones among the others.
         max_positive: largest share of positive ones.
-        repeats: so many judgments of a round are asked for twice; 0 is none. Not of a human.
+        repeats: so many judgments of a round are asked for twice; 0 is none. Not of a human, nor
+            where all would come out alike: of the rules, and of a local judge at temperature 0.
         min_agreement: smallest share of them that must come out alike, positive or negative.
         generate_settings: further flags of scripts/generate.py.
         judge_settings: further flags of scripts/annotate.py.
@@ -173,10 +176,25 @@ def check(settings: SimpleNamespace) -> None:
     settings.flags = {name: read_settings(name, getattr(settings, f"{name}_settings"))
                       for name in COMMANDS}
     settings.flags["train"] = read_settings("train", PAPER) | settings.flags["train"]
+    check_training(settings)
+
+
+def check_training(settings: SimpleNamespace) -> None:
+    """Stop at what no round could be trained with, before its judgments are paid for."""
+    from cut import finetune
+
+    flags = {name: flag.default for name, flag in
+             inspect.signature(finetune_unlikelihood.main).parameters.items()}
+    flags |= typed(finetune_unlikelihood.main, settings.flags["train"])
+    files = {"base_model": settings.model, "data_path": "judged.json", "output_dir": "adapter"}
+    try:
+        finetune.check(flags | files, settings.gpus)
+    except InputError as error:
+        raise InputError(f"--train_settings: {error}") from error
 
 
 def read_settings(name: str, text: str) -> dict[str, str]:
-    """NAME=VALUE words -> flags of a command."""
+    """NAME=VALUE words -> flags of a command, as texts of the right types."""
     command, others = COMMANDS[name]
     known = [flag for flag in inspect.signature(command).parameters if flag not in others]
     found = {}
@@ -187,6 +205,10 @@ def read_settings(name: str, text: str) -> dict[str, str]:
             raise InputError(f"--{name}_settings: {word!r} cannot be set there; expected words "
                              f"like {nearest}=VALUE")
         found[flag] = value
+    try:
+        typed(command, found)
+    except InputError as error:
+        raise InputError(f"--{name}_settings: {error}") from error
     return found
 
 
@@ -220,11 +242,19 @@ def open_record(settings: SimpleNamespace) -> Record:
     path = settings.folder / "online.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        refuse_changes(path, *(run["settings"] | {
-            "instructions": run["data"]["sha256"] or run["data"]["path"]}  # a Hub id has no hash
-            for run in (found, record)))
+        trained = any(settings.folder.glob("round*/manifests/train.json"))
+        refuse_changes(path, identity(found, trained), identity(record, trained))
     write_json(path, record)
     return record
+
+
+def identity(run: Record, trained: bool) -> Record:
+    """What all runs in a folder have in common; how to train is open until one has done it."""
+    found = {**run["settings"],
+             "instructions": run["data"]["sha256"] or run["data"]["path"]}  # a Hub id has no hash
+    if not trained:
+        del found["train_settings"]
+    return found
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     def work() -> dict:
         counts = ask(settings, responses, judged, flags)
         stop_if_bad(settings, number, counts)
-        if settings.repeats and settings.judge != "human":
+        if settings.repeats and may_differ(settings):
             counts |= ask_again(settings, number, counts, judged, flags)
             stop_if_bad(settings, number, counts)
         return counts
@@ -138,6 +138,16 @@ def ask(settings: SimpleNamespace, responses: Path, output: Path, flags: Mapping
                          "mended, the same command goes on here")
     told = json.loads(summary.read_text(encoding="utf-8"))
     return {key: value for key, value in told.items() if key != "settings"}
+
+
+def may_differ(settings: SimpleNamespace) -> bool:
+    """Whether the judge, asked with another seed, could say something else.
+
+    Greedy text and rules could not; and a person is not asked twice.
+    """
+    if settings.judge == "local":
+        return float(settings.flags["judge"].get("temperature", 0)) > 0
+    return settings.judge == "server"
 
 
 def ask_again(settings: SimpleNamespace, number: int, counts: Mapping, judged: Path,

@@ -30,6 +30,7 @@ from lm.records import InputError, Record, write_json
 from lm.runs import REPOSITORY
 from lm.stages import read_manifest
 from scripts import tables_report
+from scripts.report_results import read
 from scripts.tables_cells import (
     Cell,
     CellFailed,
@@ -96,15 +97,27 @@ def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
 
 def load_study(config: str, size: str, output_dir: str) -> Study:
     """The config at one size; paths are as seen from the repository, where commands run."""
-    import yaml
-
-    settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    settings = read_config(config)
     if size not in settings["sizes"]:
         raise InputError(f"--size {size!r}: expected one of {', '.join(settings['sizes'])}")
     folder = Path(output_dir).resolve() / size
     if folder.is_relative_to(REPOSITORY):
         folder = folder.relative_to(REPOSITORY)
     return Study(settings, size, folder)
+
+
+def read_config(path: str) -> Record:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: broken YAML ({' '.join(str(error).split())}); mend that line"
+                         ) from error
+    if not isinstance(settings, dict) or not {"sizes", "rows", "recipes", "tables"} <= {*settings}:
+        raise InputError(f"{path}: expected `sizes`, `recipes`, `rows` and `tables`, as "
+                         f"{CONFIG} has them")
+    return settings
 
 
 def shared_out(jobs: int, threads: int) -> tuple[int, int]:
@@ -179,7 +192,7 @@ def told(study: Study, cell: Cell, record: Record) -> str:
 
 def published(path: Path) -> Record:
     """The results that are there."""
-    return read_manifest(path) or {"cells": {}, "versions": {}}
+    return read(path) if path.exists() else {"cells": {}, "versions": {}}
 
 
 def collect(study: Study, path: Path) -> None:

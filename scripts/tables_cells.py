@@ -99,8 +99,12 @@ def plan(study: Study, only: str = "") -> list[Cell]:
 
     Those with a result are left out, unless another one reads their folder.
     """
-    chosen = [row for row in study.rows if not only or any(
-        re.fullmatch(only, name) for name in (row, *tables_of(study, row)))]
+    try:
+        chosen = [row for row in study.rows if not only or any(
+            re.fullmatch(only, name) for name in (row, *tables_of(study, row)))]
+    except re.error as error:
+        raise InputError(f"--only {only!r} is no regular expression ({error}); give names of rows "
+                         "or tables, such as \"base|cut\"") from error
     if not chosen:
         tables = [table["key"] for table in study.settings["tables"]]
         raise InputError(f"--only {only!r} is the name of no row and no table; they are "

@@ -4,14 +4,13 @@ Everything is computed from those files, configs/tables.yaml and configs/paper_t
 files give the same bytes.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lm.records import InputError, Record, write_text
 from lm.tables import PAPER_TABLES
-from scripts.report_results import escaped, markdown_table
+from scripts.report_results import escaped, markdown_table, read
 from scripts.tables_statistics import (
     Difference,
     Interval,
@@ -36,8 +35,9 @@ or of seeds that all agree. **By prompt** is a bootstrap over prompts (or pairs)
 over seeds, a figure or a paired difference; of a single seed's figure, or where prompts differ from
 seed to seed, it is Wilson's interval, and of a difference none. An order that a paper claims
 *holds* if all intervals of the difference lie above 0, *does not hold* if all lie below, and cannot
-be told if one includes 0 or there is none by seed. Intervals are not corrected for the number of
-claims.
+be told if one includes 0 or there is none by seed. A difference covers only the seeds that both
+rows have; it has an interval by prompt only if they have the prompts in common too. Intervals are
+not corrected for the number of claims.
 """
 
 
@@ -46,7 +46,7 @@ def write(settings: Mapping, folder: Path) -> None:
     import yaml
 
     papers = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
-    found = [json.loads(path.read_text(encoding="utf-8")) for size in reversed(settings["sizes"])
+    found = [read(path) for size in reversed(settings["sizes"])
              if (path := folder / f"{size}.json").is_file()]
     if not found:
         raise InputError(f"{folder}: holds no results; bash scripts/tables.sh --size smoke makes "
@@ -210,11 +210,12 @@ def trials(settings: Mapping, told: Record) -> Iterator[str]:
     yield from ("### Learning rates", "",
                 "Tried with the first seed and measured on validation prompts, which no table "
                 "shows; the best is used for all seeds, of equal ones the first. All methods of "
-                "a paper had as many trials; ablations and amounts of data take the rate of their "
-                "full method. A trial is one run and few prompts, so that of close ones another "
-                "may be the best; beyond the largest or the smallest there may be a better one. "
-                "Nothing else was searched here: the other settings are the quickstarts', which "
-                "were chosen for CUT and for SELF-JUDGE.", "")
+                "a paper had as many trials, but for DPO from SFT, which takes offline DPO's rate, "
+                "and for the AI judge and online CUT, for which none was searched; ablations and "
+                "amounts of data take the rate of their full method. A trial is one run and few "
+                "prompts, so that of close ones another may be the best; beyond the largest or "
+                "the smallest there may be a better one. Nothing else was searched here: the other "
+                "settings are the quickstarts', which were chosen for CUT and for SELF-JUDGE.", "")
     rows = []
     for row, given in settings["rows"].items():
         cells = [cell for cell in told["cells"].values()

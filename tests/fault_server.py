@@ -6,6 +6,7 @@
 Requests that no plan speaks of, and those after it, get what `answer` says. All are in `asked`.
 """
 
+import email.utils
 import json
 import threading
 import time
@@ -92,7 +93,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self._send(200, _completion(body, "", finish_reason="content_filter"))
             elif fault.startswith("say:"):
                 self._send(200, _completion(body, fault.removeprefix("say:")))
-            else:  # "429", or "429 Retry-After: 2"
+            else:  # "429", or "429 Retry-After: 2"; {date} is 1 to 2 seconds from now
                 status, _, header = fault.partition(" ")
                 message = f"error of the key {self.headers.get('Authorization')}"
                 code = "insufficient_quota" if status == "credit" else None
@@ -105,7 +106,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content) if length is None else length))
             if header:
-                self.send_header(*header.split(": ", 1))
+                date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds
+                self.send_header(*header.format(date=date).split(": ", 1))
             self.end_headers()
             self.wfile.write(content)
             self.close_connection = length is not None

@@ -45,12 +45,16 @@ def test_what_is_learnt_is_the_prompt_and_a_judgment_that_is_read_back(known, tm
     assert {*map(str, expected.values())} >= {str(record["judgment"]) for record in held_out}
 
 
-def test_less_data_is_part_of_more_and_the_held_out_part_stays(known, tmp_path):
+def test_less_data_is_part_of_more_and_the_held_out_part_stays(known, tmp_path, capsys):
     found = {}
     for limit in (0, 10, 5):
         make_judge_data.main(known, str(tmp_path / str(limit)), held_out=4, limit=limit)
         found[limit] = [read_records(tmp_path / str(limit) / f"{name}.json")
                         for name in ("train", "held_out")]
+    assert "only" not in capsys.readouterr().out
+    make_judge_data.main(known, str(tmp_path / "more"), held_out=4, limit=99)
+    assert read_records(tmp_path / "more/train.json") == found[0][0]
+    assert f"note: --limit 99, but only {len(found[0][0])} are left\n" in capsys.readouterr().out
     assert found[5][0] == found[10][0][:5] == found[0][0][:5] and len(found[10][0]) == 10
     assert found[5][1] == found[10][1] == found[0][1]
     make_judge_data.main(f"{known},{known}", str(tmp_path / "twice"), held_out=4)

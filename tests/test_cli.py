@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lm.cli import typed
+from lm.records import InputError
+
 HEADER = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
@@ -133,6 +136,23 @@ def test_what_is_no_override_is_one_line(type_in, arguments, message):
 def test_single_dashes_are_no_overrides(type_in):
     result = type_in("t.x=1", "-unknown", "3", code=OVERRIDDEN)
     assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_texts_are_read_as_typed_flags_are():
+    """What a script that runs another one checks before it does."""
+    def command(path: str = "", steps: int = 0, rate: float = 0.0, sure: bool = False,
+                layers: str | list | tuple = (), size: int | float = 0):
+        pass
+
+    assert typed(command, {"path": "7", "steps": "-1", "rate": "2e-3", "sure": "True",
+                           "layers": "[a,b_c]", "size": "0.5"}) == {
+        "path": "7", "steps": -1, "rate": 2e-3, "sure": True, "layers": ["a", "b_c"], "size": 0.5}
+    for name, text, expected in (("rate", "2e-3x", "'2e-3x'; expected float"),
+                                 ("steps", "2.5", "2.5; expected int"),
+                                 ("sure", "yes", "'yes'; expected bool"),
+                                 ("size", "", "''; expected int or float")):
+        with pytest.raises(InputError, match=f"--{name} is {expected}"):
+            typed(command, {name: text})
 
 
 def test_help_lists_flags_with_their_meaning(type_in):

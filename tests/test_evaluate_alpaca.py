@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def ranks(text: str) -> str:
 def arguments(files, server, tmp_path, **more):
     return {"model_outputs": files[0], "reference_outputs": files[1], "base_url": server.url,
             "output_dir": str(tmp_path / "out"), **more}
+
+
+def test_a_second_run_waits_and_asks_nothing_twice(tmp_path, capsys):
+    files = (answers(tmp_path / "mine.json", ["GOOD", "BAD", "GOOD"], "mine"),
+             answers(tmp_path / "reference.json", ["BAD", "GOOD", "BAD"], "davinci"))
+    with FaultServer(answer=ranks, delay=0.1) as server, ThreadPoolExecutor() as pool:
+        runs = [pool.submit(main, **arguments(files, server, tmp_path)) for _ in range(2)]
+        for run in runs:
+            run.result()
+        assert len(server.asked) == 3
+    assert capsys.readouterr().out.count("another run is at work here") == 1
 
 
 def test_published_figures_follow_from_published_judgments(tmp_path, capsys):

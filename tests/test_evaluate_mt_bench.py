@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_failed_judgments_are_no_scores_and_only_they_are_asked_again(flags, tmp
     with FaultServer(answer=lambda text: "Fine.") as server, pytest.raises(
             InputError, match="no judgment could be read"):
         main(**flags, base_url=server.url)
+
+
+def test_a_second_run_waits_and_asks_nothing_twice(flags, capsys):
+    with FaultServer(answer=score, delay=0.1) as server, ThreadPoolExecutor() as pool:
+        runs = [pool.submit(main, **flags, base_url=server.url) for _ in range(2)]
+        for run in runs:
+            run.result()
+        assert len(server.asked) == 6
+    assert capsys.readouterr().out.count("another run is at work here") == 1
 
 
 def test_the_table_stands_beside_the_papers(flags, capsys):

@@ -5,6 +5,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fault_server import FaultServer
@@ -74,6 +75,15 @@ def test_shares_by_hand(flags, tmp_path, capsys):
     assert (results["model"], results["baseline"], results["undecided"]) == ("mine", "sft", 0)
     shown = capsys.readouterr().out
     assert "mine against sft" in shown and "66.67" in shown and "76.25" in shown
+
+
+def test_a_second_run_waits_and_asks_nothing_twice(flags, capsys):
+    with FaultServer(answer=verdict, delay=0.1) as server, ThreadPoolExecutor() as pool:
+        runs = [pool.submit(main, **flags, base_url=server.url) for _ in range(2)]
+        for run in runs:
+            run.result()
+        assert len(server.asked) == 12
+    assert capsys.readouterr().out.count("another run is at work here") == 1
 
 
 def test_a_pair_that_lacks_a_verdict_is_left_out_and_asked_again(flags, tmp_path):

@@ -7,6 +7,7 @@ processes, or that are killed, are real command lines.
 """
 
 import fcntl
+import inspect
 import json
 import os
 import random
@@ -516,6 +517,52 @@ def test_dry_run_warns_of_a_schedule_that_never_warms_up(train):
     assert "fewer than warmup_steps 100, so the learning rate climbs to 5e-05" in result.out
 
 
+@pytest.mark.parametrize("name", finetune.WITHOUT_WARMUP)
+def test_schedules_without_warm_up_are_told_as_they_are(name, train):
+    """What the dry run says, and what the Trainer does."""
+    settings = {"lr_scheduler": name, "warmup_steps": 100, "max_steps": 1, "val_set_size": HELD_OUT}
+    told = f"learning rate starts at 0.01: {name} has no warm-up"
+    assert told in train("--dry_run", **settings).out
+    assert history(train(**settings).folder, "learning_rate")[0]["learning_rate"] == 0.01
+
+
+def test_settings_are_checked_for_processes_to_come(common):
+    defaults = {name: each.default for name, each in inspect.signature(main).parameters.items()}
+    given = {**defaults, **common, "output_dir": "run"}
+    settings = finetune.check(given, processes=2)
+    assert (settings.world_size, settings.accumulation) == (2, 1)
+    assert finetune.check(given).accumulation == 2
+    with pytest.raises(InputError, match=r"--batch_size 8 is not a multiple .* 4 x 3 proc"):
+        finetune.check(given, processes=3)
+
+
+@pytest.mark.parametrize(("logging_steps", "logged"), [(4, [1, 4, 6]), (3, [1, 3, 6]),
+                                                       (10, [1, 6])])
+def test_the_last_step_is_logged_once(logging_steps, logged, train):
+    result = train(logging_steps=logging_steps, lr_scheduler="constant", lora_dropout=0)
+    lines = history(result.folder, "loss", "mle")
+    assert [line["step"] for line in lines] == logged and all("mle" in line for line in lines)
+    record = json.loads((result.folder / "run.json").read_text())
+    assert [record["first_loss"], record["last_loss"]] == [lines[0]["loss"], lines[-1]["loss"]]
+
+
+def test_the_last_step_of_dpo_is_logged_once(train, tmp_path):
+    data = write_records(tmp_path / "refined.jsonl", [
+        {**record, "i_ans": "the cat ran"} for record in make_records(12, positive_every=0)])
+    settings = {"objective": "ilf_dpo", "data_path": data, "batch_size": 4, "num_epochs": 1}
+    for steps in (2, 3):
+        folder = train(**settings, logging_steps=steps, output_dir=tmp_path / str(steps)).folder
+        lines = [line for line in history(folder, "loss", "rewards/margins") if "loss" in line]
+        assert [line["step"] for line in lines] == [1, *([2] if steps == 2 else []), 3]
+        assert all("rewards/margins" in line for line in lines)
+
+
+def test_a_logged_loss_is_the_mean_since_the_line_before(train, tmp_path):
+    each = losses(train(output_dir=tmp_path / "each").folder)
+    some = losses(train(logging_steps=4).folder)
+    assert some == pytest.approx([each[0], sum(each[1:4]) / 3, sum(each[4:]) / 2], rel=1e-6)
+
+
 def test_supervised_tokens_follow_train_on_inputs(train):
     def supervised(*switches):
         return [int(n) for n in re.findall(r"the last (\d+) supervised",
@@ -583,6 +630,7 @@ def test_bad_data(name, train, tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"data_path": "nowhere/at/all.json"}, "nowhere/at/all.json: no such file"),
     ({"data_path": ""}, "--data_path is required"),
+    ({"data_path": ROOT / "data/sample"}, "data/sample: is a folder; give one of its .json, "),
     ({"base_model": "nobody/has-this"}, "nobody/has-this: cannot load the tokenizer"),
     ({"base_model": "./nowhere"}, "'./nowhere': no such model folder"),
     ({"batch_size": 10}, r"--batch_size 10 is not a multiple of --micro_batch_size 4 x 1 proc"),
@@ -592,13 +640,26 @@ def test_bad_data(name, train, tmp_path):
      "alpaca_positive says 'The response is satisfactory.' of every response, .* use alpaca"),
     ({"load_in": "3bit"}, "--load_in is '3bit'; expected one of auto"),
     ({"load_in": "8bit", "full_finetune": True}, "--full_finetune cannot train --load_in 8bit"),
+    ({"report_to": "none,tensorboard"}, "none and all stand alone"),
     ({"report_to": "paper"}, "report_to 'paper': unknown; use none, all, or some of azure_ml"),
     ({"lr_scheduler": "cosin"}, "cosin is not a valid SchedulerType"),
+    ({"lr_scheduler": "cosine_with_min_lr"}, "--lr_scheduler cosine_with_min_lr cannot be used"),
+    ({"lr_scheduler": "warmup_stable_decay"}, "warmup_stable_decay cannot be used .*use another"),
+    ({"lr_scheduler": "greedy"}, "--lr_scheduler greedy follows .* add --val_set_size"),
     ({"val_set_size": 24}, "--val_set_size 24 leaves nothing of 24 records to train on"),
     ({"val_set_size": 0.01}, "--val_set_size 0.01 holds out nothing of 24 records"),
     ({"lora_r": 0}, "--lora_r is 0; expected 1 or more"),
     ({"learning_rate": "fast"}, "--learning_rate is 'fast'; expected float"),
     ({"learning_rate": -1}, "--learning_rate is -1; expected 0 or more"),
+    ({"learning_rate": "1e999"}, r"--learning_rate is inf; expected 1e\+30 or less"),
+    ({"num_epochs": "1e308"}, r"--num_epochs is 1e\+308; expected 4294967295 or less"),
+    ({"seed": 2**32}, "--seed is 4294967296; expected 4294967295 or less"),
+    ({"seed": -1}, "--seed is -1; expected 0 or more"),
+    ({"lora_alpha": 0}, "--lora_alpha is 0; expected 1 or more"),
+    ({"lora_dropout": 1}, "--lora_dropout is 1; expected less than 1"),
+    ({"lora_target_modules": "[1,2]"}, r"--lora_target_modules is \[1, 2\]; expected names"),
+    ({"visualize": -1}, "--visualize is -1; expected 0 or more"),
+    ({"max_steps": -5}, "--max_steps is -5; expected -1 or more"),
     ({"max_steps": 0}, "leave no step to train"),
     ({"batchsize": 8}, "unknown flag --batchsize; did you mean --batch_size?"),
 ], ids=lambda value: " ".join(flags(**value)) if isinstance(value, dict) else "")

@@ -101,6 +101,13 @@ def test_scores_are_of_the_recipes_answers_and_lie_where_the_report_looks(run):
         f"runs/{MEASURES['alpaca'].file.format(run=run)}")
 
 
+@pytest.mark.parametrize("recipe", ["alpaca", "dialogues"])
+def test_a_price_reaches_the_judge(recipe):
+    words = shown(f"scripts/evaluate_{recipe}.sh", "org/m", PRICE_IN="1", PRICE_OUT="2")[-1]
+    assert (after("--price_in", words), after("--price_out", words)) == ("1", "2")
+    assert "--price_in" not in shown(f"scripts/evaluate_{recipe}.sh", "org/m")[-1]
+
+
 def test_dialogues_lie_where_the_report_looks():
     *_, told = commands_for(Path("runs"), paper_row("sft"), [MEASURES["mt_bench"]], [None])
     variables, words = command_of(told)
@@ -223,6 +230,39 @@ def test_offline_recipe_never_takes_one_set_for_another(data, sets, tmp_path):
             if "convert2alpaca" in line]
     assert made == {"data/summary-train.json": ["data/summary-test.json", data]}.get(
         data, [data] if sets else [])
+
+
+def test_offline_recipe_trains_on_no_part_of_the_judgments(tmp_path):
+    """A shell function stands for python: its judge fails once, having written what it has."""
+    copy, data = tmp_path / "scripts", tmp_path / "data"
+    copy.mkdir()
+    data.mkdir()
+    for name in ("cut_offline.sh", "cut_steps.sh"):
+        (copy / name).write_text((ROOT / "scripts" / name).read_text())
+    (copy / "environment.sh").write_text("")
+    stand_in = f"""python() {{
+        echo "$1"
+        case "$1" in
+        *convert2alpaca.py) touch "${{@: -1}}" ;;
+        *annotate.py) touch "$5"; [ -e "{tmp_path}/mended" ] ;;
+        esac
+    }}
+    torchrun() {{ echo "$2"; }}; export -f python torchrun; bash {copy}/cut_offline.sh"""
+
+    def typed() -> list[str]:
+        variables = {**os.environ, "DATA": "data/ultrafeedback-9-judged.json"}
+        result = subprocess.run(["bash", "-c", stand_in], env=variables, capture_output=True,
+                                text=True)
+        return [Path(line).stem for line in result.stdout.splitlines() if line.endswith(".py")]
+
+    made, trained = ["download_data", "convert2alpaca"], ["finetune_unlikelihood", "merge",
+                                                           "generate"]
+    assert typed() == [*made, "annotate"]
+    assert typed() == ["annotate"]
+    (tmp_path / "mended").touch()
+    assert typed() == ["annotate", *trained]
+    (data / "ultrafeedback-9.json").unlink()  # who has the judgments needs nothing else
+    assert typed() == trained
 
 
 def test_ai_judge_recipe(run_recipe, tiny_llama, tmp_path):

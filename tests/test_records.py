@@ -48,6 +48,8 @@ def test_lists_and_lines_plain_and_compressed(name, text, tmp_path):
     ('{"a": 1}\n7\n', "record 1: is a number; expected a JSON object"),
     ('[{"a": 1}, null]', "record 1: is null; expected a JSON object"),
     ('"text"', "record 0: is text; expected a JSON object"),
+    (json.dumps({"data": RECORDS}, indent=2), "is one JSON object; expected a list of objects, or"),
+    ('{"data": [\n}', "line 1: broken JSON"),
     ('{"a": "\\ud83d\\ude00"}\n{"a": "", "b": ["\\ud83d"]}\n',
      "record 1: field 'b' has half of a surrogate pair"),
 ])
@@ -72,6 +74,15 @@ def test_unreadable_bytes_are_one_line(content, tmp_path):
                                     "../none", "a/none.jsonl.gz", "none"])
 def test_missing_file_is_one_line(source):
     assert_one_line(source, f"^{source}: no such file")
+
+
+def test_folder_is_one_line(tmp_path, monkeypatch):
+    """Even one that could be the name of a Hub dataset: `datasets` would take all of its files."""
+    (tmp_path / "data/sample").mkdir(parents=True)
+    write_text(tmp_path / "data/sample/train.jsonl", LINES)
+    monkeypatch.chdir(tmp_path)
+    for source in ("data/sample", tmp_path, "."):
+        assert_one_line(source, "is a folder; give one of its .json, .jsonl or .gz files")
 
 
 @pytest.mark.parametrize("source", ["org/none", "org/none-v1.5"])

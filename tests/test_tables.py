@@ -110,12 +110,23 @@ def test_the_report_shows_rows_and_papers_that_exist():
                 row["name"] for row in theirs["rows"]}
 
 
+ABLATIONS = {"without_l1", "without_align_p", "without_align_n", "without_detection", "paper_loss",
+             "paper_loss_without_weight", "positive_judgment", "downsample_quarter",
+             "downsample_half", "downsample_1", "judgments_quarter", "judgments_half",
+             "rewards_quarter", "rewards_half", "judge_only", "jsft_plain", "jsft_principles",
+             "jsft_rationales", "live_judge", "second_round"}  # at their full method's rate
+EXEMPT = {"dpo_on_sft", "ai_judge_small", "ai_judge_medium", "ai_judge_large", "online"}
+
+
 def test_methods_are_tried_equally_often_and_trials_never_see_the_held_out_prompts(tmp_path):
     given = Study(SETTINGS, "cpu", tmp_path)
     trials = [one for one in plan(given) if one.rate]
     by_row = {row: sum(one.row == row for one in trials) for row in {one.row for one in trials}}
     papers = {"cut": 4, "jsft": 3}  # trials of each method of a paper
     assert set(by_row.values()) == set(papers.values()) and len(by_row) >= 15
+    trained = {row for row, given_row in SETTINGS["rows"].items() if any(
+        "{rate}" in command for command in SETTINGS["recipes"][given_row["recipe"]]["commands"])}
+    assert trained - by_row.keys() == ABLATIONS | EXEMPT  # the report's text names the exempt
     for row, recipe in ((row, SETTINGS["rows"][row]["recipe"]) for row in by_row):
         assert by_row[row] == papers["cut" if recipe == "train" else "jsft"]
     for one in trials:
@@ -136,6 +147,23 @@ def test_one_row_brings_what_it_needs(tmp_path):
     assert names == {"data", "jsft", "labels", "rso"}
     with pytest.raises(InputError, match=r"--only 'nothing' is the name of no row.*cut.*table2"):
         plan(Study(SETTINGS, "cpu", tmp_path), "nothing")
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"--only '\(' is no regular expression \(missing \)"):
+        plan(Study(SETTINGS, "cpu", tmp_path), "(")
+    config, results = tmp_path / "study.yaml", tmp_path / "cpu.json"
+    for text, message in (("sizes: [", r"study\.yaml: broken YAML \(.*line 1.*mend that line"),
+                          ("rows: {}", r"study\.yaml: expected `sizes`, `recipes`, `rows`")):
+        config.write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            tables.main("cpu", config=str(config))
+        assert "\n" not in str(error.value)
+    results.write_text('{"cells": ')
+    for more in ({"go_on": True}, {"report_only": True}):
+        with pytest.raises(InputError, match=r"cpu\.json: cannot be read as JSON .*; delete it"):
+            tables.main("cpu", config=str(ROOT / tables.CONFIG), results=str(tmp_path),
+                        output_dir=str(tmp_path / "runs"), **more)
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
