@@ -255,7 +255,9 @@ def main(*overrides, config: str = "", show: int = 0, skip_bad: int = 0) -> None
 
     settings = load_config(config, list(overrides))
     if skip_bad:
-        settings.dataset = settings_of(settings.dataset) | {"skip_bad": skip_bad}
+        given = settings.dataset
+        settings.dataset = {**({"path": given} if isinstance(given, str) else given),
+                            "skip_bad": skip_bad}
     tokenizer = load_tokenizer(settings.model["pretrained_model_name_or_path"])
     if show:
         return show_examples(settings, tokenizer, show)

@@ -6,7 +6,8 @@
 Results come as each batch ends, with the prompt's index, so that a caller can save them at once and
 go on after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
 are those of one prompt at a time, and a sample follows from the seed and the prompt's index.
-(Exactly so in fp32; in half precision another batch shape can round a near tie the other way.)
+(So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another batch
+shape can round a near tie of greedy answers the other way too.)
 
 transformers' continuous batching (`generate_batch`) took 1.2 to 1.7 times as long per token on a
 CPU, and was not measured on a GPU; for those there is vLLM (lm/vllm_engine.py, or a server).

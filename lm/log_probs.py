@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from lm.models import evaluating, output_head, unwrapped
 from lm.records import InputError
@@ -168,10 +169,10 @@ def unchanged(logits: Tensor) -> Tensor:
 
 
 def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the architecture does to its head's output: Gemma's cap, Cohere's, Granite's scale."""
+    """What the architecture does to its head's output: a scale, Gemma's cap."""
     config = unwrapped(model).config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
+    scale = logit_scale(config)
     if scale == 1 and not cap:
         return unchanged
 
@@ -180,6 +181,20 @@ def logit_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return torch.tanh(logits / cap) * cap if cap else logits
 
     return transform
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What the architecture multiplies its head's output by; one name means several things."""
+    kind = config.model_type
+    if kind.startswith("cohere"):
+        return config.logit_scale or 1.0
+    if kind.startswith("granite"):
+        return 1 / config.logits_scaling
+    if kind.startswith("hyperclovax"):
+        return config.logits_scaling
+    if kind.startswith("muse_"):
+        return config.output_multiplier
+    return config.lm_head_multiplier if kind == "falcon_h1" else 1.0
 
 
 @torch.no_grad()

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.models import find_adapter, is_quantized, load_adapter, load_model
+from lm.models import (
+    adapter_config,
+    find_adapter,
+    is_quantized,
+    load_adapter,
+    load_model,
+    refuse_adapter,
+)
 from lm.records import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ def load_base(base: Base, load_in: str, attn_implementation: str = "auto") -> "P
                          "sharded by ZeRO-3 or held in 8 or 4 bits; write the merged model with "
                          f"`python merge.py --peft_model_path {base.adapters[0]}` and name that")
     model = load_model(base.model, load_in, attn_implementation)
+    refuse_adapter(model, base.model)
     if base.adapters and is_quantized(model):
         raise InputError(f"{base.model}: is stored quantized, so no adapter can be merged into it")
     for folder in base.adapters:
@@ -57,15 +65,14 @@ def load_base(base: Base, load_in: str, attn_implementation: str = "auto") -> "P
 
 
 def _below(name: str) -> Base:
-    """Follow an adapter's folder to its base, which may be an adapter's folder itself."""
-    folder = Path(name).expanduser()
-    note = folder / "adapter_config.json"
-    if not note.is_file() or (folder / "config.json").is_file():
+    """Follow an adapter, a folder or on the Hub, to its base, which may be an adapter itself."""
+    note = adapter_config(name)
+    if note is None:
         return Base(name)
     below = json.loads(note.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not below:
         raise InputError(f"{note}: base_model_name_or_path is missing; give the base as "
-                         "model.pretrained_model_name_or_path and this folder as "
+                         "model.pretrained_model_name_or_path and this adapter as "
                          "model.peft_model_name_or_path")
     base = _below(below)
     return Base(base.model, (*base.adapters, find_adapter(name)))

@@ -37,6 +37,7 @@ CHOICES = {"examples": ("all", "sft", "judge"), "pairs": ("sampled", "given"),
 OURS = {"jsft_args": JSFT_ARGS, "self_judge_args": SELF_JUDGE_ARGS, "model": MODEL}
 REQUIRED = ("training_args.output_dir", "model.pretrained_model_name_or_path", "templates",
             "dataset")
+BY_ITSELF = {"dataset": "path", "templates": "file"}  # what a text is that stands for the section
 
 # training_args of older transformers: what they are called today ...
 RENAMED = {
@@ -141,11 +142,21 @@ def _read(path: str, overrides: Sequence[str]) -> dict:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
             raise InputError(f"{path}: expected sections with keys, such as training_args")
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        for name, override in _in_order(overrides):
+            section, dot, _ = name.partition(".")
+            if dot and section in BY_ITSELF and isinstance(config.get(section), str):
+                config[section] = {BY_ITSELF[section]: config[section]}
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as YAML with these overrides ("
                          f"{' '.join(str(error).split())})") from error
-    return OmegaConf.to_container(merged, resolve=False)
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def _in_order(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """With their names: first the texts that stand for a section, whose keys may be set then."""
+    named = [(override.partition("=")[0], override) for override in overrides]
+    return sorted(named, key=lambda entry: entry[0] not in BY_ITSELF)
 
 
 def _kind(path: str, raw: Mapping) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 
@@ -55,12 +55,6 @@ def as_dpo_config(args: TrainingArguments | None) -> DPOConfig:
     known = {field.name for field in fields(DPOConfig)}
     return DPOConfig(**{field.name: getattr(args, field.name) for field in fields(args)
                         if field.init and field.name in known})
-
-
-def context_of(model: PreTrainedModel | str) -> int | None:
-    """The longest row that a model can see; None where its architecture states no limit."""
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def copy_of(model: PreTrainedModel | str, peft_config: object) -> PreTrainedModel | None:

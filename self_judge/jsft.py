@@ -9,11 +9,12 @@ from trl import SFTConfig
 
 from lm import runs
 from lm.log_probs import check_head
+from lm.models import context_of
 from lm.records import InputError, first_line
+from lm.trainers import LastStepLogged
 from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
-from self_judge.inputs import context_of
 from self_judge.jsft_trainer import UNPADDED, JsftTrainer
 from self_judge.launch import Data
 
@@ -29,8 +30,8 @@ def training_arguments(config: Config) -> SFTConfig:
                              "rows that its batch sizes say, and rows need no padding where "
                              "attention is flash_attention_2")
     arguments = launch.training_arguments(
-        config, SFTConfig, {}, max_length=launch.max_length(config), completion_only_loss=True,
-        prediction_loss_only=True)
+        config, SFTConfig, launch.NO_BALANCE, max_length=launch.max_length(config),
+        completion_only_loss=True, prediction_loss_only=True)
     if runs.is_main():
         print(f"batch: {launch.batch_size(arguments)} rows a step, "
               + ("end to end" if launch.attention(config) == UNPADDED else "padded"))
@@ -58,7 +59,8 @@ def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> Jsf
             model=model, args=arguments, train_dataset=data.train, eval_dataset=data.held_out,
             processing_class=data.tokenizer, peft_config=launch.lora(config), held_out=data.pairs,
             judge_templates=options.pop("judge_templates"),
-            judge_options=options | {"max_length": launch.max_length(config)})
+            judge_options=options | {"max_length": launch.max_length(config)},
+            callbacks=[LastStepLogged()])
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error
     if not trainer.is_sharded():

@@ -58,7 +58,11 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
             raise InputError("packing and padding_free: leave them out; see JsftTrainer")
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # the rows are what is collated
         named["data_collator"] = Collator(processing_class)
+        own = getattr(positional[0] if positional else named["model"], "config", None)
+        balance = getattr(own, "router_aux_loss_coef", None)
         super().__init__(*positional, args=args, processing_class=processing_class, **named)
+        if balance is not None and not self.aux_loss_enabled:
+            own.router_aux_loss_coef = balance  # trl notes its own 0 there, which would be saved
         self.is_unpadded = self.model.config._attn_implementation == UNPADDED
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the step
         self.held_out, self.judge_templates = held_out, judge_templates
@@ -83,7 +87,7 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
     def parts(self, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
         """Rows of like length, few enough for the token budget of a forward pass."""
         found = [inputs]
-        if not self.is_sharded():
+        if not (self.is_sharded() or self.aux_loss_enabled):  # balance is a micro-batch's
             lengths = inputs["attention_mask"].sum(-1).tolist()
             budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
             found = [{name: value[rows, :lengths[rows[0]]] for name, value in inputs.items()}
@@ -98,18 +102,23 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         """
         if return_outputs or not self.is_plain:
             inputs = {name: value for name, value in inputs.items() if name != "judged"}
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._stop_unless_finite(found[0] if return_outputs else found)
+            return found
         log_probs, judged = self._log_probs(model, inputs)
         tokens = len(log_probs) if num_items_in_batch is None else num_items_in_batch
         loss = -log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
-        if not loss.isfinite():
-            raise InputError(f"the loss is not finite at step {self.state.global_step + 1}; the "
-                             "last checkpoint is kept; try a lower training_args.learning_rate")
+        self._stop_unless_finite(loss)
         self.sums["train" if self.model.training else "eval"].add(
             log_probs.detach(), judged, inputs["input_ids"].numel())
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def _stop_unless_finite(self, loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise InputError(f"the loss is not finite at step {self.state.global_step + 1}; the "
+                             "last checkpoint is kept; try a lower training_args.learning_rate")
 
     def _log_probs(self, model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[S] of the supervised tokens, and which of them are a judgment's."""

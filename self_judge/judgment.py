@@ -120,7 +120,9 @@ def judge_pairs(model: "Module", tokenizer: "PreTrainedTokenizerBase", pairs: Se
                for name, text in prompts.items()}
     context = context_of(model)
     max_length = min(max_length, context or max_length)
-    if judge_batch_size:
+    if judge_batch_size is not None:
+        if judge_batch_size < 1:
+            raise InputError(f"judge_batch_size is {judge_batch_size}; expected 1 or more")
         token_budget = min(token_budget or usual_budget(model), 2 * judge_batch_size * max_length)
     rows: dict[tuple, int] = {}  # each distinct prompt is run once
     places, cuts = [], []
@@ -195,6 +197,9 @@ def get_batch_judgments(model: "Module", tokenizer: "PreTrainedTokenizerBase",
     for name, value in (("ties", ties), ("cut", cut)):
         if value not in ("keep", "drop"):
             raise InputError(f"{name} is {value!r}; expected keep or drop")
+    for name, texts in (("contexts", contexts), ("responses_a", responses_a),
+                        ("responses_b", responses_b)):
+        check_texts(name, texts)
     if not len(contexts) == len(responses_a) == len(responses_b):
         raise InputError(f"{len(contexts)} contexts, {len(responses_a)} responses_a and "
                          f"{len(responses_b)} responses_b; expected as many of each")
@@ -240,6 +245,15 @@ def judge_metrics(judgments: Sequence[Judgment], pairs: Sequence[Pair]) -> dict[
     return {name: wilson(sum(hits), len(hits)) for name, hits in counted.items() if hits}
 
 
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Stop unless it is a list of texts; a text alone would be taken for its characters."""
+    if isinstance(texts, str):
+        raise InputError(f"{name} is a text; expected a list of texts")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{name}: row {row} is {text!r}; expected a text")
+
+
 def named(judge_templates: Templates) -> dict[str, str]:
     """Checked prompt texts by principle."""
     if isinstance(judge_templates, str):
@@ -257,7 +271,8 @@ def _letters(tokenizer: "PreTrainedTokenizerBase", text: str, token_id_a: int | 
              token_id_b: int | None) -> tuple[int, int]:
     if token_id_a is None and token_id_b is None:
         return decision_ids(tokenizer, text)
-    if token_id_a is None or token_id_b is None or token_id_a == token_id_b:
+    known = range(len(tokenizer))
+    if token_id_a not in known or token_id_b not in known or token_id_a == token_id_b:
         raise InputError(f"token_id_a is {token_id_a} and token_id_b is {token_id_b}; expected two "
-                         "different ids, or neither")
+                         f"different ids, or neither, of the tokenizer's {len(known)}")
     return token_id_a, token_id_b

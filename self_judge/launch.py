@@ -22,7 +22,7 @@ from preprocess import MAX_LENGTH, has_split
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
 from self_judge.sources import local_files, settings_of
-from self_judge.templates import DECISION, decision_ids, judge_templates, load_templates
+from self_judge.templates import decision_ids, judge_templates, load_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +36,8 @@ FREE_SETTINGS = ("jsft_args.eval_judge_pairs", "self_judge_args.judge_batch_size
                      "eval_strategy", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
                      "dataloader_num_workers", "gradient_checkpointing",
                      "activation_checkpointing")))
+# A mixture of experts' own loss, which trl would add: of a micro-batch, not of the step.
+NO_BALANCE = {"router_aux_loss_coef": 0.0}
 HALF = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
 
 
@@ -81,6 +83,11 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
     options = {"gradient_checkpointing": False, "report_to": "none", "save_total_limit": 2,
                "ddp_find_unused_parameters": False,
                "include_num_input_tokens_seen": "non_padding", **defaults, **options}
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size",
+                 "gradient_accumulation_steps"):
+        if options.get(name, 1) < 1:
+            raise InputError(f"{config.path}: training_args.{name} is {options[name]}; expected 1 "
+                             "or more")
     report_to = options["report_to"] or "none"
     runs.check_trackers(report_to if isinstance(report_to, str) else ",".join(report_to))
     try:
@@ -212,14 +219,12 @@ def judge_options(config: Config, tokenizer) -> dict:
     templates = load_templates(config.templates)
     prompts = judge_templates(templates, tokenizer)
     ids = tuple(own_args(config).get(f"token_id_{letter}") for letter in "ab")
-    if config.kind == "jsft" or (ids == (None, None) and templates.decision != DECISION):
-        learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
-        if ids not in ((None, None), learnt):
-            raise InputError(f"{config.path}: jsft_args.token_id_a and token_id_b are {ids[0]} and "
-                             f"{ids[1]}, but the decisions' tokens, which are learnt, are "
-                             f"{learnt[0]} and {learnt[1]}; leave them out")
-        ids = learnt
-    return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
+    learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
+    if ids not in ((None, None), learnt):
+        raise InputError(f"{config.path}: {config.kind}_args.token_id_a and token_id_b are "
+                         f"{ids[0]} and {ids[1]}, but the decisions' tokens, as JSFT learns them, "
+                         f"are {learnt[0]} and {learnt[1]}; leave them out")
+    return {"judge_templates": prompts, "token_id_a": learnt[0], "token_id_b": learnt[1]}
 
 
 def tell_trained(config: Config, trainer: Trainer) -> None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lm.generation import left_pad, token_budget_batches
 from lm.models import evaluating, output_head, unwrapped, without_adapter
+from lm.records import InputError
 from lm.templates import common_start
 
 # Tokens of a forward pass, padding included: enough to keep the device busy. More of them are no
@@ -74,6 +75,9 @@ def next_token_probabilities(model: nn.Module, rows: Rows, tokens: Sequence[Sequ
     with evaluating(model), tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
         for part in parts:
             for batch, logits in run(model, part, rows):
+                if not logits.isfinite().all():
+                    raise InputError("the judge's logits are not numbers: training diverged, or "
+                                     "the weights do not suit this precision (try bf16 or fp32)")
                 asked = torch.tensor([list(tokens[row]) for row in batch], device=device)
                 found.append(logits.softmax(-1).gather(-1, asked))
                 order += batch

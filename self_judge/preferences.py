@@ -20,7 +20,7 @@ TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 SPEAKERS = {"user": "User", "assistant": "Assistant"}
 # UltraFeedback's annotators saw four texts at once; a rationale that names one misleads a judge.
-NAMES_A_TEXT = re.compile(r"\bTexts?\b")
+NAMES_A_TEXT = re.compile(r"\bTexts?(?![a-z])")
 
 Message = dict[str, str]
 

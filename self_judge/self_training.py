@@ -15,6 +15,7 @@ from lm import runs
 from lm.log_probs import check_head
 from lm.records import InputError, first_line
 from lm.templates import prompt_ids
+from lm.trainers import LastStepLogged
 from preprocess import self_judge_rows
 from self_judge import inputs, launch
 from self_judge.config import Config
@@ -61,7 +62,7 @@ def _cannot_merge(config: Config) -> bool:
 
 def training_arguments(config: Config) -> DPOConfig:
     """trl's arguments, with the seed of the round."""
-    arguments = launch.training_arguments(config, DPOConfig, {})
+    arguments = launch.training_arguments(config, DPOConfig, launch.NO_BALANCE)
     _check_own(config, arguments)
     number = config.self_judge_args.get("round", 1)
     arguments.seed += number - 1
@@ -109,6 +110,7 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
         trainer = SelfJudgeTrainer(
             model, args=arguments, train_dataset=data.train, eval_dataset=data.held_out,
             processing_class=data.tokenizer, peft_config=launch.lora(config),
+            callbacks=[LastStepLogged()],
             **({} if _offline(config) else launch.judge_options(config, data.tokenizer)), **own)
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error

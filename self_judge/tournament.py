@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm.records import InputError
-from self_judge.judgment import Judgment, Pair, Templates, judge_pairs
+from self_judge.judgment import Judgment, Pair, Templates, check_texts, judge_pairs
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -60,6 +60,9 @@ def tournament_rejection_sampling(
     if len(contexts) != len(responses):
         raise InputError(f"{len(contexts)} contexts and {len(responses)} lists of responses; "
                          "expected as many of each")
+    check_texts("contexts", contexts)
+    for place, texts in enumerate(responses):
+        check_texts(f"responses to context {place}", texts)
 
     def judge(matches: Sequence[Match]) -> list[Judgment]:
         return judge_pairs(

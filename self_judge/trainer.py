@@ -41,6 +41,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from lm.fused_head import NOT_MEASURED, score_responses_only
+from lm.models import context_of
 from lm.records import InputError
 from lm.trainers import FullPrecision, InParts, WholeCheckpoints, present_rows_of_evaluation
 from self_judge.collators import SelfJudgeCollator
@@ -51,7 +52,6 @@ from self_judge.inputs import (
     as_dataset,
     check_columns,
     columns_of,
-    context_of,
     copy_of,
     tokenized,
     training_arguments,

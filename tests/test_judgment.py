@@ -342,15 +342,26 @@ def test_given_token_ids_are_used(llama, tokenizer):
     given = judge_pairs(llama, tokenizer, PAIRS, TEMPLATE, token_id_a=b, token_id_b=a)
     own = judge_pairs(llama, tokenizer, PAIRS, TEMPLATE)
     close(numbers(given), numbers(own)[..., [1, 0, 3, 2]])
-    for wrong in ({"token_id_a": 5}, {"token_id_a": 5, "token_id_b": 5}):
+    for wrong in ({"token_id_a": 5}, {"token_id_a": 5, "token_id_b": 5},
+                  {"token_id_a": 5, "token_id_b": len(tokenizer)}):
         with pytest.raises(InputError, match="two different ids, or neither"):
             judge_pairs(llama, tokenizer, PAIRS, TEMPLATE, **wrong)
+
+
+def test_a_judge_whose_weights_are_not_numbers_gives_no_verdict(tokenizer):
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(InputError, match="the judge's logits are not numbers"):
+        judge_pairs(model, tokenizer, PAIRS, TEMPLATE)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"contexts": ["c"]}, "1 contexts, 2 responses_a and 2 responses_b"),
     ({"ties": "A"}, "ties is 'A'; expected keep or drop"), ({"cut": "A"}, "cut is 'A'; expected"),
     ({"judge_templates": {}}, "judge_templates is empty"),
+    ({"contexts": "cd"}, "contexts is a text; expected a list of texts"),
+    ({"responses_b": ["y", None]}, "responses_b: row 1 is None; expected a text"),
+    ({"judge_batch_size": 0}, "judge_batch_size is 0; expected 1 or more"),
     ({"judge_templates": "no fields"}, r"'default' has \{context\} 0 times"),
 ])
 def test_bad_arguments_are_one_line(llama, tokenizer, change, message):

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +39,8 @@ ARCHITECTURES = {
     "cohere": CohereConfig(**SMALL, logit_scale=0.3),
     "granite": GraniteConfig(**SMALL, logits_scaling=4.0, tie_word_embeddings=False),
 }
+if hasattr(transformers, "HyperCLOVAXConfig"):  # multiplies by what Granite divides by
+    ARCHITECTURES["hyperclovax"] = transformers.HyperCLOVAXConfig(**SMALL, logits_scaling=0.3)
 TARGETS = {"gpt2": ["c_fc", "c_attn"]}
 
 

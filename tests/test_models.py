@@ -1,5 +1,6 @@
 """Model names, precisions and LoRA targets; every wrong one is a clear line."""
 
+import shutil
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
 from lm import models
 from lm.dropout import CheapDropout
 from lm.records import InputError
+from self_judge.base import Base, find_base
 
 
 def test_embedded_name_is_its_folder_under_saved_models(tmp_path, monkeypatch, tiny_llama):
@@ -125,6 +127,30 @@ def test_lora_on_named_layers(tiny_llama, targets):
     names = {name for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert names and all("up_proj" in name or "gate_proj" in name for name in names)
     assert len(names) == (4 if isinstance(targets, list) else 2)
+
+
+def test_an_adapter_on_the_hub_is_found_with_its_base(tiny_llama, tmp_path, monkeypatch):
+    """Here in the Hub's cache, as a download leaves it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--jsft"
+    model = models.add_lora(models.load_model(str(tiny_llama)), 4, 8, 0.0, "all-linear")
+    model.save_pretrained(folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0" * 40)
+    base = find_base({"pretrained_model_name_or_path": "org/jsft"})
+    assert base.model == str(tiny_llama) and base.adapters[0].name == "0" * 40
+    assert find_base({"pretrained_model_name_or_path": "org/none"}) == Base("org/none")
+    with pytest.raises(InputError, match="org/jsft: holds an adapter, which a new one would repl"):
+        models.refuse_adapter(models.load_model("org/jsft"), "org/jsft")
+
+
+def test_a_folder_is_an_adapters_unless_it_holds_a_models_weights(tiny_llama, tmp_path):
+    model = models.add_lora(models.load_model(str(tiny_llama)), 4, 8, 0.0, "all-linear")
+    model.save_pretrained(tmp_path)
+    shutil.copy(tiny_llama / "config.json", tmp_path)  # as other trainers leave it there
+    assert models.adapter_config(str(tmp_path)) == tmp_path / "adapter_config.json"
+    shutil.copy(tiny_llama / "model.safetensors", tmp_path)
+    assert models.adapter_config(str(tmp_path)) is None
 
 
 def test_layers_that_cannot_have_lora_are_one_line():

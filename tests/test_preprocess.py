@@ -761,3 +761,6 @@ def test_bad_input_is_one_line(run_cli, run_file, tmp_path):
     assert "train.jsonl: record 0: has neither" in done.stderr
     done = run_cli("preprocess.py", "--config", run_file, "--skip_bad", 1)
     assert done.returncode == 0 and "2 records, 1 bad ones skipped" in done.stdout
+    done = run_cli("preprocess.py", "--config", run_file, "--skip_bad", 1,
+                   f"dataset={tmp_path}/data/train.jsonl")
+    assert done.returncode == 0 and "2 records, 1 bad ones skipped" in done.stdout

@@ -99,6 +99,11 @@ def test_overrides(load):
     assert load("peft_config=null", peft_config={"r": 8}).peft_config is None
     assert load("dataset.path=y", dataset={"path": "x"}).dataset == {"path": "y"}
     assert load("dataset.path=y", dataset="x").dataset == {"path": "y"}
+    for order in (["dataset=y", "dataset.eval_size=2"], ["dataset.eval_size=2", "dataset=y"]):
+        assert load(*order, dataset={"path": "x", "num_proc": 3}).dataset == {
+            "path": "y", "eval_size": 2}
+    assert load("templates.decision_rationale=null", templates="judge.yaml").templates == {
+        "file": "judge.yaml", "decision_rationale": None}
     assert load("training_args.save_strategy=no").training_args["save_strategy"] == "no"
 
 

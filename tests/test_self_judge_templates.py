@@ -218,7 +218,16 @@ def test_too_long_a_context_loses_its_start(tokenizer, lost):
     assert cut and len(ids) == len(whole) - lost
     start = next(place for place, (one, other) in enumerate(zip(ids, whole, strict=False))
                  if one != other)
-    assert ids[start:] == whole[start + lost:]  # the rest is whole, the end above all
+    assert ids[start:] == whole[start + lost:]  # the rest is whole
+
+
+def test_the_end_of_a_long_context_stays(tokenizer):
+    text = prompt_text(tokenizer)
+    numbered = " ".join(map(str, range(100, 160)))
+    whole, _ = judge_prompt_ids(tokenizer, text, numbered, "a", "b", 1000)
+    ids, cut = judge_prompt_ids(tokenizer, text, numbered, "a", "b", len(whole) - 20)
+    said = tokenizer.decode(ids)
+    assert cut and "159" in said and "100" not in said
 
 
 def test_room_for_the_decision_is_within_max_length(tokenizer):

@@ -119,6 +119,7 @@ def test_published_function_asks_the_model():
 
 @pytest.mark.parametrize(("responses", "message"), [
     ([["a"], []], "context 1: has no responses; a tournament needs at least one"),
+    (["ab", "cd"], "responses to context 0 is a text; expected a list of texts"),
     ([["a"]], "2 contexts and 1 lists of responses; expected as many of each")])
 def test_what_cannot_be_played_is_one_line(responses, message):
     with pytest.raises(InputError, match=message):

@@ -8,6 +8,7 @@ processes, or that are killed, are real command lines.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_judge import save_tiny_judge
+from tiny_judge import LLAMA, save_tiny_judge, tiny_tokenizer
 from training_runs import (
     ADAPTER,
     TORCHRUN,
@@ -31,9 +32,10 @@ from training_runs import (
     preference_data,
     watched,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lm.models import load_tokenizer
+from lm.generation import generate
+from lm.models import load_model, load_tokenizer
 from preprocess import jsft_rows, judge_pairs_of
 from self_judge import jsft, jsft_trainer
 from self_judge.base import find_base, load_base
@@ -73,7 +75,7 @@ def train(common, tmp_path):
         result = in_this_process(main, config, *overrides(settings))
         result.folder = Path(settings["training_args.output_dir"])
         return result
-    train.data = common["dataset"]
+    train.data, train.folder = common["dataset"], tmp_path
     return train
 
 
@@ -277,6 +279,60 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
         torch.testing.assert_close(value, adapter(one.folder)[name], rtol=0, atol=1e-5)
 
 
+def test_the_last_step_is_logged_too(train):
+    result = train({"training_args.max_steps": 3, "training_args.logging_steps": 2})
+    assert result.code == 0, result.err
+    assert [entry["step"] for entry in history(result.folder, "loss")] == [2, 3]
+
+
+# --- mixtures of experts -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("mixture")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        **LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
+        router_aux_loss_coef=0.5)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_mixture_learns_no_balance_and_keeps_its_config(train, mixture, monkeypatch):
+    """trl would add a term a forward pass, and leave a config with which nothing can generate."""
+    settings = {"model.pretrained_model_name_or_path": mixture, "training_args.max_steps": 1,
+                "peft_config": "null", "training_args.per_device_train_batch_size": 16,
+                "dataset": f"{{path: {train.data}, eval: null, eval_size: 4}}",
+                "training_args.eval_strategy": "steps", "training_args.eval_steps": 1}
+    found = {}
+    for budget in (1, 100_000):  # a row a forward pass, and all of them
+        monkeypatch.setitem(jsft_trainer.TOKENS_PER_FORWARD, "cpu", budget)
+        result = train({**settings, "training_args.output_dir": train.folder / str(budget)})
+        assert result.code == 0, result.err
+        (entry,) = history(result.folder, "loss", "sft_loss")
+        found[budget] = entry["loss"]
+    assert found[1] == pytest.approx(found[100_000], abs=1e-4)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == 0.5 and not config["output_router_logits"]
+
+
+def test_a_mixture_that_trl_has_saved_generates(mixture, tmp_path):
+    """Asked for its balance, it cannot go on from a cache."""
+    shutil.copytree(mixture, tmp_path, dirs_exist_ok=True)
+    config = json.loads((mixture / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
+    model, tokenizer = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
+    answers = list(generate(model, tokenizer, ["the cat", "a dog sat"], max_new_tokens=4))
+    assert len(answers) == 2
+
+
+def test_rarer_losses_stop_at_what_is_no_number(train):
+    settings = {"training_args.learning_rate": 1e30, "training_args.loss_type": "dft"}
+    assert_one_line(train(settings | {"training_args.disable_tqdm": "true"}),
+                    "the loss is not finite at step")
+
+
 # --- what cannot be meant ----------------------------------------------------------------------
 
 
@@ -293,6 +349,7 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     ({"model.load_in": "4bit"}, "4bit weights cannot be trained"),
     ({"jsft_args.max_length": 5000}, "max_length 5000 is more than the model's context of 1024"),
     ({"jsft_args.token_id_a": 7, "jsft_args.token_id_b": 8}, r"are 7 and 8, but the decisions'"),
+    ({"training_args.gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expec"),
     ({"peft_config.target_modules": "[nothing]"}, "Target modules .*nothing.* not found")])
 def test_mistakes_are_one_line(settings, message, train):
     assert_one_line(train(settings), message)
