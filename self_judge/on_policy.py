@@ -14,6 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from lm.generation import Response, token_budget_batches
+from lm.records import InputError
 from lm.templates import prompt_ids
 from lm.trainers import present_rows
 from self_judge.judgment import Pair, judge_pairs
@@ -78,6 +79,8 @@ class OnPolicy:
         prompts = {}
         for place, query in enumerate(queries):
             ids = prompt_ids(tokenizer, query["query"])
+            if not ids:
+                raise InputError(f"train row {query['index']}: query is empty")
             query["ids"] = keep_end(ids, self.query_length, tokenizer.bos_token_id)
             query["cut"] = len(query["ids"]) < len(ids)
             number = query["index"] if present[place] else -1 - place  # a row never comes twice

@@ -310,6 +310,12 @@ def test_identical_responses_never_become_a_pair(make, script, monkeypatch):
     assert trainer.pairs_in_step == 0
 
 
+def test_an_empty_query_is_named_by_its_row(make, script):
+    rows = [*ROWS[:2], {**ROWS[2], "query": ""}, *ROWS[3:]]
+    with pytest.raises(InputError, match=r"^train row 2: query is empty$"):
+        make(train_dataset=rows).train()
+
+
 def test_a_policy_that_has_come_to_say_nothing_is_told(make, script, monkeypatch):
     trainer = make({"max_steps": 1}, show_every=0)
     engine = trainer.engine.responses
