@@ -22,7 +22,7 @@ from preprocess import MAX_LENGTH, has_split
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
 from self_judge.sources import local_files, settings_of
-from self_judge.templates import decision_ids, judge_templates, load_templates
+from self_judge.templates import DECISION, decision_ids, judge_templates, load_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -224,7 +224,9 @@ def judge_options(config: Config, tokenizer) -> dict:
         raise InputError(f"{config.path}: {config.kind}_args.token_id_a and token_id_b are "
                          f"{ids[0]} and {ids[1]}, but the decisions' tokens, as JSFT learns them, "
                          f"are {learnt[0]} and {learnt[1]}; leave them out")
-    return {"judge_templates": prompts, "token_id_a": learnt[0], "token_id_b": learnt[1]}
+    if templates.decision != DECISION:  # else the judge finds them after each template
+        ids = learnt
+    return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
 
 
 def tell_trained(config: Config, trainer: Trainer) -> None:
