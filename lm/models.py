@@ -5,6 +5,7 @@ enough for two CPU cores, which `python scripts/get_model.py` puts under saved_m
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -148,19 +149,18 @@ def find_adapter(name: str) -> Path:
 
 
 def adapter_config(name: str) -> Path | None:
-    """The adapter_config.json of a name that is an adapter's, a folder or a name on the Hub.
-
-    A folder that holds a model's weights too is a model's.
-    """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
+    """The adapter_config.json of a name that is an adapter's, a folder or a name on the Hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         note = folder / "adapter_config.json"
-        whole = any(any(folder.glob(kind)) for kind in ("model*.safetensors", "pytorch_model*.bin"))
-        return note if note.is_file() and not whole else None
-    if name == DEFAULT_MODEL or _looks_local(name):
-        return None
+        return note if note.is_file() else None
+    return None if name == DEFAULT_MODEL or _looks_local(name) else _adapter_config_on_hub(name)
+
+
+@functools.cache
+def _adapter_config_on_hub(name: str) -> Path | None:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     try:
         found = find_adapter_config_file(name)
     except OSError:  # whoever loads it says why it cannot be had

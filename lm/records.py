@@ -41,7 +41,8 @@ def read_records(source: str | Path, split: str = "train", data_dir: str | None 
     if path.is_file():
         records = _parse(_read_text(path), str(source), bad)
     elif str(source) and path.is_dir():  # where `datasets` would mix all files that it finds
-        raise InputError(f"{source}: is a folder; give one of its .json, .jsonl or .gz files")
+        raise InputError(f"{source}: is a folder; give one of its .json, .jsonl or .gz files (or "
+                         "rename it, if you mean the Hub's dataset)")
     elif looks_like_hub_id(str(source)):
         records = _read_hub(str(source), split, data_dir)
     else:

@@ -32,6 +32,8 @@ def locked(folder: Path) -> Iterator[IO]:
             print(f"{folder}: another run is at work here, or a stage that one left behind; "
                   "waiting for its end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # network file systems that have no locks keep nobody out
+            pass
         yield lock
 
 

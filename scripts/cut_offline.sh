@@ -74,7 +74,7 @@ if [ ! -e "$DATA" ]; then
             part=${DATA%.json}.part.json
             python scripts/annotate.py --data_path "$rated" --output_path "$part" \
                 --judge server --model gpt-4 --max_cost 300 --max_failed 0.1
-            mv "$part" "$DATA"
+            for more in .judgments.jsonl .summary.json ""; do mv "$part$more" "$DATA$more"; done
         fi ;;
     *)
         echo "error: $DATA is not there" >&2

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.models import (
-    adapter_config,
-    find_adapter,
-    is_quantized,
-    load_adapter,
-    load_model,
-    refuse_adapter,
-)
+from lm.models import adapter_config, find_adapter, is_quantized, load_adapter, load_model
 from lm.records import InputError
 
 if TYPE_CHECKING:
@@ -54,7 +47,6 @@ def load_base(base: Base, load_in: str, attn_implementation: str = "auto") -> "P
                          "sharded by ZeRO-3 or held in 8 or 4 bits; write the merged model with "
                          f"`python merge.py --peft_model_path {base.adapters[0]}` and name that")
     model = load_model(base.model, load_in, attn_implementation)
-    refuse_adapter(model, base.model)
     if base.adapters and is_quantized(model):
         raise InputError(f"{base.model}: is stored quantized, so no adapter can be merged into it")
     for folder in base.adapters:

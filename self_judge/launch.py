@@ -195,7 +195,9 @@ def load_model(config: Config, seed: int, role: str = "model"):
         if config.peft_config is None and (note := models.note_on_bf16(load_in)):
             print(note)
     set_seed(seed)
-    return load_base(base, load_in, attention(config))
+    model = load_base(base, load_in, attention(config))
+    models.refuse_adapter(model, base.model)
+    return model
 
 
 def attention(config: Config) -> str:
@@ -219,13 +221,15 @@ def judge_options(config: Config, tokenizer) -> dict:
     templates = load_templates(config.templates)
     prompts = judge_templates(templates, tokenizer)
     ids = tuple(own_args(config).get(f"token_id_{letter}") for letter in "ab")
-    learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
-    if ids not in ((None, None), learnt):
-        raise InputError(f"{config.path}: {config.kind}_args.token_id_a and token_id_b are "
-                         f"{ids[0]} and {ids[1]}, but the decisions' tokens, as JSFT learns them, "
-                         f"are {learnt[0]} and {learnt[1]}; leave them out")
-    if templates.decision != DECISION:  # else the judge finds them after each template
+    if config.kind == "jsft" or (ids == (None, None) and templates.decision != DECISION):
+        learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
+        if ids not in ((None, None), learnt):
+            raise InputError(f"{config.path}: jsft_args.token_id_a and token_id_b are {ids[0]} and "
+                             f"{ids[1]}, but the decisions' tokens, which are learnt, are "
+                             f"{learnt[0]} and {learnt[1]}; leave them out")
         ids = learnt
+    elif None not in ids and runs.is_main():  # an old config's may be another tokenizer's
+        print(f"decisions: the tokens {tokenizer.convert_ids_to_tokens(ids)}, as the config says")
     return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
 
 

@@ -144,13 +144,12 @@ def test_an_adapter_on_the_hub_is_found_with_its_base(tiny_llama, tmp_path, monk
         models.refuse_adapter(models.load_model("org/jsft"), "org/jsft")
 
 
-def test_a_folder_is_an_adapters_unless_it_holds_a_models_weights(tiny_llama, tmp_path):
+def test_an_adapter_beside_a_config_is_one(tiny_llama, tmp_path):
     model = models.add_lora(models.load_model(str(tiny_llama)), 4, 8, 0.0, "all-linear")
     model.save_pretrained(tmp_path)
     shutil.copy(tiny_llama / "config.json", tmp_path)  # as other trainers leave it there
     assert models.adapter_config(str(tmp_path)) == tmp_path / "adapter_config.json"
-    shutil.copy(tiny_llama / "model.safetensors", tmp_path)
-    assert models.adapter_config(str(tmp_path)) is None
+    assert models.adapter_config(str(tiny_llama)) is None
 
 
 def test_layers_that_cannot_have_lora_are_one_line():

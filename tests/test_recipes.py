@@ -244,7 +244,8 @@ def test_offline_recipe_trains_on_no_part_of_the_judgments(tmp_path):
         echo "$1"
         case "$1" in
         *convert2alpaca.py) touch "${{@: -1}}" ;;
-        *annotate.py) touch "$5"; [ -e "{tmp_path}/mended" ] ;;
+        *annotate.py) touch "$5" "$5.judgments.jsonl" "$5.summary.json"
+            [ -e "{tmp_path}/mended" ] ;;
         esac
     }}
     torchrun() {{ echo "$2"; }}; export -f python torchrun; bash {copy}/cut_offline.sh"""

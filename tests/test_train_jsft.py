@@ -311,6 +311,7 @@ def test_a_mixture_learns_no_balance_and_keeps_its_config(train, mixture, monkey
         result = train({**settings, "training_args.output_dir": train.folder / str(budget)})
         assert result.code == 0, result.err
         (entry,) = history(result.folder, "loss", "sft_loss")
+        assert "sft_loss" in entry  # our loss, not trl's
         found[budget] = entry["loss"]
     assert found[1] == pytest.approx(found[100_000], abs=1e-4)
     config = json.loads((result.folder / "config.json").read_text())
