@@ -241,6 +241,12 @@ def connect(model: str, base_url: str, flags: Mapping, **more: object) -> Server
     return Server(model, base_url, **{name: flags[name] for name in FLAGS if name in flags} | more)
 
 
+def check_judge(model: str, base_url: str, flags: Mapping) -> None:
+    """Stop where a judge's key, price or address is missing or wrong; nothing is asked."""
+    server = connect(model, base_url, flags)
+    print(f"judge: {server.model} at {server.base_url} (not asked yet)")
+
+
 def generate_on(server: Server, prompts: Mapping[int, str | Sequence[Mapping[str, str]]], *,
                 max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                 seed: int | str = 0) -> Iterator[tuple[int, "Response"]]:

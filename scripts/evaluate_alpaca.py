@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
-from lm.server import connect
+from lm.server import check_judge, connect
 from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.evaluate_mt_bench import refuse_other_inputs
@@ -58,7 +58,7 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
          output_dir: str = "", limit: int = 0, max_undecided: float = 0.1, concurrency: int = 8,
          requests_per_minute: float = 0.0, timeout: float = 120.0, attempts: int = 8,
          max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
-         price_out: float = -1.0) -> None:
+         price_out: float = -1.0, dry_run: bool = False) -> None:
     """Judge a model's answers against the reference's, or count judgments that are there.
 
     Args:
@@ -81,6 +81,7 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
+        dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
     flags = locals()
     if not 0 <= max_undecided <= 1:
@@ -92,6 +93,9 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
     if find_spec("alpaca_eval") is None:
         raise InputError("alpaca-eval is not installed here; pip install -r requirements.txt")
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    if dry_run:
+        check_judge(load_annotator(annotator, judge_model)[1], base_url, flags)
+        return
     if annotations:
         judged = read_annotations(annotations)[:limit or None]
         folder = Path(output_dir) if output_dir else None

@@ -33,10 +33,15 @@ PRICE_OUT=${PRICE_OUT:-}                   # of a model that configs/prices.yaml
 GENERATE=${GENERATE:-}                     # further flags of generate.py: "--load_in 8bit" for 70B
 
 if [[ $REFERENCE = *.json* ]]; then need REFERENCE "$REFERENCE"; fi  # else a name of the Hub's
+judge() { # FLAGS...
+    python scripts/evaluate_alpaca.py --model_outputs "$OUTPUTS" --annotator "$ANNOTATOR" \
+        --max_cost "$MAX_COST" ${JUDGE_MODEL:+--judge_model "$JUDGE_MODEL"} \
+        ${PRICE_IN:+--price_in "$PRICE_IN"} ${PRICE_OUT:+--price_out "$PRICE_OUT"} \
+        ${BASE_URL:+--base_url "$BASE_URL"} "$@"
+}
+
+judge --dry_run # a missing key or price stops here, not after an hour of answers
 python scripts/generate.py --base_model_name_or_path "$MODEL" --template "$TEMPLATE" \
     --output_path "$OUTPUTS" --max_new_tokens "$MAX_NEW_TOKENS" --limit "$LIMIT" \
     ${PROMPTS:+--data_path "$PROMPTS"} $GENERATE
-python scripts/evaluate_alpaca.py --model_outputs "$OUTPUTS" --annotator "$ANNOTATOR" \
-    --max_cost "$MAX_COST" ${JUDGE_MODEL:+--judge_model "$JUDGE_MODEL"} \
-    ${PRICE_IN:+--price_in "$PRICE_IN"} ${PRICE_OUT:+--price_out "$PRICE_OUT"} \
-    ${BASE_URL:+--base_url "$BASE_URL"} ${REFERENCE:+--reference_outputs "$REFERENCE"}
+judge ${REFERENCE:+--reference_outputs "$REFERENCE"}

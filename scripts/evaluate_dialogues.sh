@@ -45,23 +45,25 @@ answer() { # MODEL QUESTIONS OUTPUT FLAGS...
         --limit "$LIMIT" "${@:4}"
 }
 
-judge() { # SCRIPT FLAGS...
-    python "$1" --judge_model "$JUDGE" --max_cost "$MAX_COST" \
+judge() { # mt_bench|vicuna FLAGS...
+    python "scripts/evaluate_$1.py" --judge_model "$JUDGE" --max_cost "$MAX_COST" \
         ${PRICE_IN:+--price_in "$PRICE_IN"} ${PRICE_OUT:+--price_out "$PRICE_OUT"} \
         ${BASE_URL:+--base_url "$BASE_URL"} "${@:2}"
 }
 
+# a missing key or price stops here, not after an hour of answers
+judge mt_bench --answers "$OUT/mt_bench.json" --dry_run
 if [ ! -e "$MT_BENCH" ] || [ ! -e "${REFERENCES:-$MT_BENCH}" ]; then
     python scripts/download_data.py mt_bench
 fi
 need REFERENCES "${REFERENCES:-$MT_BENCH}"
 answer "$MODEL" "$MT_BENCH" "$OUT/mt_bench.json"
-judge scripts/evaluate_mt_bench.py --answers "$OUT/mt_bench.json" \
+judge mt_bench --answers "$OUT/mt_bench.json" \
     ${REFERENCES:+--references "$REFERENCES"}
 
 if [ -n "$SFT" ]; then
     if [ ! -e "$VICUNA" ]; then python scripts/download_data.py vicuna; fi
     answer "$MODEL" "$VICUNA" "$OUT/vicuna.json" --temperature 0
     answer "$SFT" "$VICUNA" "$OUT/vicuna_sft.json" --temperature 0
-    judge scripts/evaluate_vicuna.py --answers "$OUT/vicuna.json" --baseline "$OUT/vicuna_sft.json"
+    judge vicuna --answers "$OUT/vicuna.json" --baseline "$OUT/vicuna_sft.json"
 fi

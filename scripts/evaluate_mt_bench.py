@@ -37,7 +37,7 @@ from lm.records import (
     write_json,
     wrong_field,
 )
-from lm.server import connect
+from lm.server import check_judge, connect
 from lm.stages import locked, refuse_changes
 from lm.tables import paper_rows, table
 from scripts.report_results import read
@@ -56,7 +56,8 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
          references: str = "", template: str = "mt_bench", max_new_tokens: int = 1024,
          temperature: float = 0.0, concurrency: int = 8, requests_per_minute: float = 0.0,
          timeout: float = 120.0, attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0,
-         price_in: float = -1.0, price_out: float = -1.0) -> None:
+         price_in: float = -1.0, price_out: float = -1.0,
+         dry_run: bool = False) -> None:
     """Print the mean score of each category and turn with 95 % intervals.
 
     Args:
@@ -77,11 +78,15 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
+        dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
     from lm.replies import Request
 
     flags = locals()
     prompt = load_prompt(template, FIELDS)
+    if dry_run:
+        check_judge(judge_model, base_url, flags)
+        return
     records = read_dialogues(answers)
     if references:
         records = with_references(records, references)

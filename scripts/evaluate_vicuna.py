@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.prompts import fill, load_prompt
 from lm.records import InputError, Record, write_json
-from lm.server import connect
+from lm.server import check_judge, connect
 from lm.shares import Share, wilson
 from lm.stages import locked
 from lm.tables import paper_rows, table
@@ -51,7 +51,7 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
          template: str = "vicuna", max_new_tokens: int = 1024, temperature: float = 0.0,
          concurrency: int = 8, requests_per_minute: float = 0.0, timeout: float = 120.0,
          attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
-         price_out: float = -1.0) -> None:
+         price_out: float = -1.0, dry_run: bool = False) -> None:
     """Print the shares of wins, ties and losses, and the win rate, with 95 % intervals.
 
     Args:
@@ -71,11 +71,15 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
         max_cost: stop a run before more dollars than this; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
+        dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
     from lm.replies import Request
 
     flags = locals()
     prompt = load_prompt(template, FIELDS)
+    if dry_run:
+        check_judge(judge_model, base_url, flags)
+        return
     pairs = read_pairs(answers, baseline)
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
     inputs = {"benchmark": "vicuna", "answers": answers, "baseline_answers": baseline,

@@ -92,7 +92,8 @@ def test_scores_are_of_the_recipes_answers_and_lie_where_the_report_looks(run):
     scored = shown("scripts/evaluate_alpaca.sh", f"runs/{run}/model", **more)
     assert scored == shown("scripts/evaluate_alpaca.sh", f"runs/{run}/model/", **more)
     assert scored == shown(*command_of(told)[1], **command_of(told)[0])
-    generated, judged = scored
+    checked, generated, judged = scored
+    assert checked == [*judged, "--dry_run"]
     for flag in ("--base_model_name_or_path", "--output_path", "--max_new_tokens", "--load_in"):
         assert after(flag, generated) == after(flag, answered)
     outputs = Path(after("--model_outputs", judged))
@@ -134,9 +135,9 @@ def test_questions_of_your_own_need_no_references(tmp_path):
         assert ("--references" in lines[-1]) == (not variables)
         return [Path(words[1]).stem for words in lines]
 
-    asked = ["generate_dialogues", "evaluate_mt_bench"]
-    assert scripts() == ["download_data", *asked]
-    assert scripts(MT_BENCH=str(own)) == scripts(REFERENCES="") == asked
+    checked, *asked = "evaluate_mt_bench", "generate_dialogues", "evaluate_mt_bench"
+    assert scripts() == [checked, "download_data", *asked]
+    assert scripts(MT_BENCH=str(own)) == scripts(REFERENCES="") == [checked, *asked]
     (downloads / "reference_answer/gpt-4.jsonl").touch()
     assert scripts() == asked
 

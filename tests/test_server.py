@@ -334,6 +334,25 @@ def test_all_scripts_that_ask_servers_have_the_same_flags(script):
     assert (server._pace._gap, server._attempts, server.budget.max_requests) == (1, 3, 7)
 
 
+@pytest.mark.parametrize(("script", "needed"), [
+    (evaluate_alpaca, {"model_outputs": "later.json"}),
+    (evaluate_mt_bench, {"answers": "later.json"}),
+    (evaluate_vicuna, {"answers": "later.json", "baseline": "later.json"})])
+def test_a_judge_is_checked_before_there_are_answers(script, needed, monkeypatch, capsys):
+    """A dry run finds what would stop the judge after an hour of answers; it asks nothing."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        script.main(**needed, judge_model="gpt-4", dry_run=True)
+    with FaultServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("127.0.0.1", "127.1"))
+        with pytest.raises(InputError, match="--max_cost needs the price of new"):
+            script.main(**needed, judge_model="new", max_cost=1.0, dry_run=True)
+        script.main(**needed, judge_model="new", max_cost=1.0, price_in=1.0, price_out=1.0,
+                    dry_run=True)
+    assert not server.asked
+    assert "judge: new at" in capsys.readouterr().out
+
+
 def test_pace_pauses_everybody():
     pace, stop = Pace(), threading.Event()
     pace.pause(0.2)
