@@ -9,4 +9,5 @@ source scripts/environment.sh
 export OMP_NUM_THREADS=1
 
 ruff check .
-python -m pytest -n 2 --dist loadgroup "$@"
+# A file's tests stay together, as they share what is costly to set up.
+python -m pytest -n 2 --dist loadfile "$@"

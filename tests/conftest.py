@@ -11,6 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
                   TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 import fcntl
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,12 @@ def warm_venv() -> Path:
     from warm_python import warm_environment
 
     return warm_environment()
+
+
+@pytest.fixture(scope="session")
+def run_warm(run_cli: Callable, warm_venv: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`run_cli` with that environment's python."""
+    return functools.partial(run_cli, executable=warm_venv / "bin/python")
 
 
 @pytest.fixture(scope="session")

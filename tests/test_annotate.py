@@ -313,7 +313,6 @@ def test_local_judge_of_random_weights_fails_and_is_asked_anew_once_trained(tiny
     assert {line["status"] for line in journal[1:]} == {"failed"}
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_judge_as_one_does(tiny_llama, responses, warm_venv, tmp_path):
     options = {"data_path": str(responses), "judge": "local", "model": str(tiny_llama),
                "max_new_tokens": 4, "temperature": 1.0, "max_failed": 1.0}

@@ -71,7 +71,6 @@ def test_a_server_that_stops_by_itself_is_quoted(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_closed_terminal_stops_the_server(tiny_llama):
     words = [sys.executable, "scripts/chat.py", "--model", str(tiny_llama)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as chatting:
@@ -83,7 +82,6 @@ def test_a_closed_terminal_stops_the_server(tiny_llama):
     assert not Path(f"/proc/{children[0]}").exists()
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_chat(tiny_llama):
     """A question, no to "go on?", and !exit. What a random model says is no matter."""
     pytest.importorskip("fastapi")

@@ -189,7 +189,6 @@ def test_mistakes_of_ours_keep_their_traceback(type_in):
     assert result.returncode == 1 and "IndexError" in result.stderr
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("ranks", "patience", "said"), [
     ("01", 60, ["error: bad record"]),
     ("1", 0, ["error: process 1: bad record"]),

@@ -291,7 +291,6 @@ def test_a_key_is_needed_for_openai(run_cli, files, tmp_path):
     assert "OPENAI_API_KEY is not set" in done.stderr
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
                     reason="the recipe would install its requirements here")
 def test_recipe_from_model_to_win_rate(tiny_llama, warm_venv, tmp_path):

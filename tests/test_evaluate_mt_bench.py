@@ -213,7 +213,6 @@ def test_bad_input_is_one_line(flags, tmp_path, run_cli):
         load_prompt("mtbench", FIELDS)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not list(Path(sys.prefix).glob(".installed-*")),
                     reason="the recipe would install its requirements here")
 def test_recipe_from_model_to_scores(tiny_llama, warm_venv, tmp_path):

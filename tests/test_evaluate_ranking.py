@@ -91,9 +91,7 @@ def accuracy_by_hand(folder: Path, adapter: Path | None = None) -> float:
     return 100 * right / len(QUESTIONS)
 
 
-@pytest.mark.xdist_group("processes")
-def test_local_task_on_model_and_adapter(run_cli, warm_venv, tiny_llama, adapter, tasks_folder,
-                                         tmp_path):
+def test_local_task_on_model_and_adapter(run_warm, tiny_llama, adapter, tasks_folder, tmp_path):
     """A task, and a group of tasks as MMLU is one; what is measured is not measured again."""
     common = ["--include_path", tasks_folder, "--output_dir", tmp_path,
               "--base_model_name_or_path", tiny_llama]
@@ -103,22 +101,21 @@ def test_local_task_on_model_and_adapter(run_cli, warm_venv, tiny_llama, adapter
                 "judged": accuracy_by_hand(tiny_llama, adapter)}
     assert expected["base"] != expected["judged"]  # so that the adapter's number is its own
     for name, arguments in (("base", base), ("judged", judged)):
-        done = run_cli(SCRIPT, *arguments, executable=warm_venv / "bin/python")
+        done = run_warm(SCRIPT, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         (result,) = json.loads((tmp_path / f"{name}.json").read_text())["results"].values()
         assert result["score"] == pytest.approx(expected[name])
         row = next(line for line in done.stdout.split("\n") if line.startswith(f"{name} "))
         assert f" {expected[name]:.2f} ± " in row
     assert (tmp_path / "base" / "tiny_choice.log").stat().st_size > 100
-    again = run_cli(SCRIPT, *base, executable=warm_venv / "bin/python")
+    again = run_warm(SCRIPT, *base)
     assert again.stdout.startswith("tiny_choice: measured already\n")
     assert f" {expected['base']:.2f} ± " in again.stdout and "missing" in again.stdout
 
 
-@pytest.mark.xdist_group("processes")
-def test_a_task_that_the_harness_lacks_is_one_line(run_cli, warm_venv, tiny_llama, tmp_path):
-    result = run_cli(SCRIPT, "--base_model_name_or_path", tiny_llama, "--output_dir", tmp_path,
-                     "--tasks", "no_such_one:0:acc", executable=warm_venv / "bin/python")
+def test_a_task_that_the_harness_lacks_is_one_line(run_warm, tiny_llama, tmp_path):
+    result = run_warm(SCRIPT, "--base_model_name_or_path", tiny_llama, "--output_dir", tmp_path,
+                     "--tasks", "no_such_one:0:acc")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "no_such_one: lm_eval stopped" in result.stderr and "not found" in result.stderr
     assert not list(tmp_path.glob("*.json"))

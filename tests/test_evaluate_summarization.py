@@ -97,8 +97,8 @@ def test_summaries_of_other_records_are_an_error(data, tmp_path):
         read_summaries(short, [record["instruction"] for record in RECORDS])
 
 
-def test_from_a_file_of_summaries(run_cli, data, answers, tmp_path):
-    done = run_cli(SCRIPT, "--data_path", data, "--outputs", answers,
+def test_from_a_file_of_summaries(run_warm, data, answers, tmp_path):
+    done = run_warm(SCRIPT, "--data_path", data, "--outputs", answers,
                    "--output", tmp_path / "rouge.json")
     assert done.returncode == 0, done.stderr
     assert "83.33 [66.67, 100.00]" in done.stdout
@@ -108,15 +108,15 @@ def test_from_a_file_of_summaries(run_cli, data, answers, tmp_path):
     assert (saved["records"], saved["without_reference"]) == (2, 1)
 
 
-def test_generation_included_and_done_once(run_cli, tiny_llama, data, tmp_path):
+def test_generation_included_and_done_once(run_warm, tiny_llama, data, tmp_path):
     arguments = ["--data_path", data, "--base_model_name_or_path", tiny_llama, "--limit", 2,
                  "--max_new_tokens", 4, "--output", tmp_path / "out" / "rouge.json"]
-    first = run_cli(SCRIPT, *arguments)
+    first = run_warm(SCRIPT, *arguments)
     assert first.returncode == 0, first.stderr
     summaries = json.loads((tmp_path / "out" / "rouge.summaries.json").read_text())
     assert [answer["instruction"] for answer in summaries] == [
         record["instruction"] for record in RECORDS[:2]]
-    again = run_cli(SCRIPT, *arguments)
+    again = run_warm(SCRIPT, *arguments)
     assert "already there" in again.stdout
     assert first.stdout.split("model ")[1] == again.stdout.split("model ")[1]
 

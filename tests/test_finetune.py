@@ -140,14 +140,12 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.xdist_group("processes")
 def test_reference_learns(reference):
     first, second = epoch_losses(reference)
     assert second < first - 0.1
     assert len(history(reference, "eval_loss")) == STEPS  # a tenth of the steps apart, at least one
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("switches", [{"micro_batch_size": 8}, {"gradient_checkpointing": True}],
                          ids=["8 x 1", "gradient checkpointing"])
 def test_same_result_in_one_process(switches, train, reference, reference_settings):
@@ -156,10 +154,10 @@ def test_same_result_in_one_process(switches, train, reference, reference_settin
     assert_same_run(result.folder, reference, 1e-5)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_same_result_in_two_processes(launcher, reference, reference_settings, tmp_path):
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], SCRIPT,
+def test_same_result_in_two_processes(launcher, reference, reference_settings, warm_venv,
+                                      tmp_path):
+    command = [warm_venv / "bin/python", "-m", *LAUNCHERS[launcher], SCRIPT,
                *flags(**reference_settings, output_dir=tmp_path)]
     result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -185,7 +183,6 @@ def killed_after(arguments: list[str], lines: int) -> int:
     return process.returncode
 
 
-@pytest.mark.xdist_group("processes")
 def test_killed_run_continues_to_the_same_bits(common, train, tmp_path):
     settings = {"batch_size": 4, "micro_batch_size": 2, "num_epochs": 7, "lora_dropout": 0.3,
                 "save_steps": 3}
@@ -213,7 +210,6 @@ def test_killed_run_continues_to_the_same_bits(common, train, tmp_path):
     assert losses(folder) == losses(whole) and len(losses(whole)) == 42
 
 
-@pytest.mark.xdist_group("processes")
 def test_checkpoint_is_whole_only_with_the_states_of_all_processes(train, reference,
                                                                    reference_settings, tmp_path):
     """The second of two processes dies before it writes its random state; one alone continues."""
@@ -253,7 +249,6 @@ def unfinished(reference, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("processes")
 def test_kill_after_the_last_step_only_saves(train, unfinished, reference, reference_settings):
     shutil.copytree(reference / "checkpoint-6", unfinished / "checkpoint-6")
     result = train(**reference_settings)
@@ -262,7 +257,6 @@ def test_kill_after_the_last_step_only_saves(train, unfinished, reference, refer
     assert losses(unfinished) == losses(reference)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("limit", [30_000, 100_000], ids=["adapter", "optimizer"])
 def test_full_disk(limit, train, unfinished, reference, reference_settings):
     """Files cannot grow beyond a limit, like on a full disk; then they can."""
@@ -279,7 +273,6 @@ def test_full_disk(limit, train, unfinished, reference, reference_settings):
     assert_same_run(unfinished, reference, 1e-5)
 
 
-@pytest.mark.xdist_group("processes")
 def test_finished_run_says_so_and_changes_nothing(train, reference, reference_settings):
     before = snapshot(reference)
     result = train(**reference_settings | {"output_dir": reference, "micro_batch_size": 1})
@@ -288,7 +281,6 @@ def test_finished_run_says_so_and_changes_nothing(train, reference, reference_se
     assert snapshot(reference) == before
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("change", "message"), [
     ({"threshold": 1.2}, r"holds a run with other settings \(threshold 1.1 -> 1.2\)"),
     ({"resume_from_checkpoint": "nowhere"}, "nowhere: not a whole checkpoint"),
@@ -300,14 +292,12 @@ def test_finished_run_is_safe_from(change, message, train, reference, reference_
     assert snapshot(reference) == before
 
 
-@pytest.mark.xdist_group("processes")
 def test_other_data_in_the_same_folder(train, unfinished, reference_settings, tmp_path):
     other = write_records(tmp_path / "other.jsonl", make_records(30))
     result = train(**reference_settings | {"data_path": other})
     assert_one_line(result, f"other settings .*contents of {other}")
 
 
-@pytest.mark.xdist_group("processes")
 def test_start_over(train, unfinished, reference_settings):
     settings = reference_settings | {"threshold": 1.2, "max_steps": 1}
     result = train(**settings, resume_from_checkpoint=False)
@@ -316,7 +306,6 @@ def test_start_over(train, unfinished, reference_settings):
     assert not (unfinished / "checkpoint-4").exists()
 
 
-@pytest.mark.xdist_group("processes")
 def test_checkpoints_of_an_unknown_run(train, unfinished, reference_settings):
     (unfinished / "run.json").unlink()
     assert_one_line(train(**reference_settings), "checkpoint-4: belongs to a run without run.json")
@@ -403,7 +392,6 @@ def test_8bit_trains_nearly_as_full_precision(train, tmp_path):
     assert losses(result.folder) == pytest.approx(full, abs=0.1)
 
 
-@pytest.mark.xdist_group("processes")
 def test_8bit_where_it_cannot_work(common, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(  # Python's way to say: not installed
         "import sys; sys.modules['bitsandbytes'] = None")

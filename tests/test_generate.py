@@ -224,7 +224,6 @@ def test_shares_hold_each_prompt_once_and_are_of_like_length():
     assert max(totals) - min(totals) <= 8 and [len(mine) for mine in shares] == [4, 4, 4]
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_give_what_one_gives(tiny_llama, prompts, warm_venv, tmp_path):
     flags = {"data_path": str(prompts), "max_new_tokens": 30, "temperature": 1.0}
     reference, output = tmp_path / "reference.json", tmp_path / "out.json"

@@ -5,15 +5,12 @@
 Random models judge, except where a test says that the judge is a script.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from tiny_judge import PRINCIPLES, TEMPLATE, tiny_model, tiny_tokenizer
+from training_runs import in_two_processes
 
 from lm.records import InputError
 from self_judge import next_token
@@ -289,10 +286,7 @@ def test_processes_with_sharded_weights_wait_for_each_other(tmp_path):
     """Two real processes under FSDP2: one has five pairs to judge, the other none."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    done = in_two_processes(script, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "5 pairs as expected" in done.stdout and "0 pairs as expected" in done.stdout
 

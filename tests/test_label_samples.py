@@ -292,7 +292,6 @@ def test_a_run_that_was_stopped_goes_on(done, reference, model, files, templates
     assert asked["matches"] == len(lines) - 1 - max(30, done)
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_give_what_one_gives(reference, model, files, templates, warm_venv, tmp_path):
     """Each accepts the same samples of its prompts as one process would."""
     output = tmp_path / "rso.jsonl"

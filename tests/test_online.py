@@ -33,7 +33,6 @@ from scripts.make_sample_data import make_instructions
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["annotate", "evaluate", "generate", "merge", "sample", "train"]
-pytestmark = pytest.mark.xdist_group("processes")
 
 
 def records(count: int, start: int = 0) -> list[dict]:

@@ -240,7 +240,6 @@ def test_the_recipe_makes_what_the_row_measures(row):
     assert made & {str(folder) for folder in (model, *model.parents) if folder.parts[1:]}
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_trainings_run_dry_in_eight_processes(recipe, results):
     trainings = trainings_of(recipe)

@@ -6,19 +6,14 @@ FSDP2 is real, on two processes over gloo; only the look for a GPU is replaced, 
 accelerate refuses to shard.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from tiny_judge import save_tiny_judge
 from training_runs import (
-    TORCHRUN,
     adapter,
     history,
     in_this_process,
+    in_two_processes,
     losses,
     preference_data,
     write_records,
@@ -61,18 +56,14 @@ def flags(tiny_llama, data, folder, **more) -> list[str]:
 
 def sharded(script, *words: str) -> None:
     """The command on two processes under FSDP2 in bf16."""
-    environment = os.environ | {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "OMP_NUM_THREADS": "1",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
     script.write_text(SHARDED)
-    done = subprocess.run([sys.executable, "-m", *TORCHRUN, str(script), *words], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)
+    done = in_two_processes(
+        script, *words, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
+        FSDP_RESHARD_AFTER_FORWARD="true", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("objective", "records"), [("cut", JUDGED), ("dpo", RECORDS)])
 def test_fsdp2_in_bf16_has_the_losses_of_one_process(objective, records, tiny_llama, tmp_path):
     """DPO's first is log 2: policy and reference are the same, which rounding would hide."""
@@ -90,7 +81,6 @@ def test_fsdp2_in_bf16_has_the_losses_of_one_process(objective, records, tiny_ll
         assert margins[0]["rewards/margins"] == 0 != margins[2]["rewards/margins"]
 
 
-@pytest.mark.xdist_group("processes")
 def test_self_judges_trainings_under_fsdp2(tmp_path):
     """JSFT with the losses of one process; self-training samples, judges, and starts at log 2."""
     data, model = preference_data(tmp_path / "data").hh, tmp_path / "judge"

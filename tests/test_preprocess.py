@@ -724,8 +724,8 @@ def run_file(tmp_path, tiny_llama):
     return file
 
 
-def test_show_prints_examples_of_each_kind(run_cli, run_file):
-    done = run_cli("preprocess.py", "--config", run_file, "--show", 3)
+def test_show_prints_examples_of_each_kind(run_warm, run_file):
+    done = run_warm("preprocess.py", "--config", run_file, "--show", 3)
     assert done.returncode == 0, done.stderr
     blocks = done.stdout.split("--- ")[1:]
     assert [block.split(",")[0] for block in blocks] == ["sft", "judgment"] * 3
@@ -736,31 +736,31 @@ def test_show_prints_examples_of_each_kind(run_cli, run_file):
     assert "A: honesty of answer" in blocks[1]
 
 
-def test_without_show_it_counts(run_cli, run_file):
-    done = run_cli("preprocess.py", f"--config={run_file}", "jsft_args.max_length=250")
+def test_without_show_it_counts(run_warm, run_file):
+    done = run_warm("preprocess.py", f"--config={run_file}", "jsft_args.max_length=250")
     assert done.returncode == 0, done.stderr
     assert "train data: 6 records, 6 SFT examples, 6 pairs, 6 principles" in done.stdout
     assert "18 rows" in done.stdout and "eval data: 2 records" in done.stdout
 
 
-def test_show_of_a_self_training_run(run_cli, run_file):
+def test_show_of_a_self_training_run(run_warm, run_file):
     text = run_file.read_text().replace("jsft_args", "self_judge_args")
     run_file.write_text(text)
-    done = run_cli("preprocess.py", "--config", run_file, "--show", 1)
+    done = run_warm("preprocess.py", "--config", run_file, "--show", 1)
     assert done.returncode == 0, done.stderr
     titles = [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith("---")]
     assert titles == ["--- query", "--- chosen", "--- rejected", "--- judge (helpfulness)",
                       "--- judge (honesty)"]
 
 
-def test_bad_input_is_one_line(run_cli, run_file, tmp_path):
+def test_bad_input_is_one_line(run_warm, run_file, tmp_path):
     write(tmp_path / "data" / "train.jsonl", ["{}", *many(2)])
-    done = run_cli("preprocess.py", "--config", run_file, "--show", 1)
+    done = run_warm("preprocess.py", "--config", run_file, "--show", 1)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "train.jsonl: record 0: has neither" in done.stderr
-    done = run_cli("preprocess.py", "--config", run_file, "--skip_bad", 1)
+    done = run_warm("preprocess.py", "--config", run_file, "--skip_bad", 1)
     assert done.returncode == 0 and "2 records, 1 bad ones skipped" in done.stdout
-    done = run_cli("preprocess.py", "--config", run_file, "--skip_bad", 1,
+    done = run_warm("preprocess.py", "--config", run_file, "--skip_bad", 1,
                    f"dataset={tmp_path}/data/train.jsonl")
     assert done.returncode == 0 and "2 records, 1 bad ones skipped" in done.stdout

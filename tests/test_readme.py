@@ -4,11 +4,12 @@ import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from training_runs import in_this_process
 
+import finetune_unlikelihood
 from lm.cli import _reject_unknown_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +70,6 @@ def test_look_before_you_train(flag, tiny_llama, tmp_path):
                      if script == "finetune_unlikelihood.py" and flag in words)
     arguments = [str(tiny_llama) if word == "smollm2-135m-instruct" else
                  str(tmp_path) if word == "runs/mine" else word for word in arguments]
-    result = subprocess.run([sys.executable, "finetune_unlikelihood.py", *arguments], cwd=ROOT,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert {"--dry_run": "learning rate", "--visualize": "judgments.html"}[flag] in result.stdout
+    result = in_this_process(finetune_unlikelihood.main, *arguments)
+    assert result.code == 0, result.err
+    assert {"--dry_run": "learning rate", "--visualize": "judgments.html"}[flag] in result.out

@@ -10,9 +10,6 @@ import inspect
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +17,7 @@ import torch
 from conftest import ROOT
 from packaging.version import Version
 from peft import LoraConfig
+from training_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
@@ -805,7 +803,6 @@ if whole.accelerator.is_main_process:
 """
 
 
-@pytest.mark.xdist_group("servers")
 def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
     """11 rows at batch 4: the last step has three, of which one process would repeat some.
 
@@ -818,10 +815,7 @@ def test_two_processes_train_as_one_does(make, script, tiny_llama, tmp_path):
     path = tmp_path / "run.py"
     path.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), model=str(tiny_llama),
                                   out=str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(path)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    done = in_two_processes(path)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOG"))
     processes, two, last, offline = json.loads(line.removeprefix("LOG"))

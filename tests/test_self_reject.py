@@ -162,7 +162,6 @@ def test_killed_run_goes_on_where_it_was(reference, model, prompts, tmp_path, as
         assert read(output.with_name(name)) == read(reference.with_name(name))
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_finish_what_three_had_begun(reference, model, prompts, warm_venv, tmp_path):
     """They share prompts, samples and matches; each finds what any of the three had noted."""
     output = tmp_path / "winners.json"

@@ -388,7 +388,6 @@ def test_generation_streams_and_fails_at_the_end():
     assert {body["max_tokens"] for body in server.bodies} == {9}
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_real_server(tiny_llama, tmp_path):
     """`transformers serve` and a random model: it answers as the model does in this process."""
     questions = [{"instruction": text, "output": "Red."} for text in ("Name a colour.", "Sing.")]

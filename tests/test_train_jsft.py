@@ -7,26 +7,22 @@ processes, or that are killed, are real command lines.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean as mean
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_judge import LLAMA, save_tiny_judge, tiny_tokenizer
 from training_runs import (
     ADAPTER,
-    TORCHRUN,
     adapter,
     assert_one_line,
     history,
     in_this_process,
+    in_two_processes,
     killed,
     losses,
     preference_data,
@@ -213,7 +209,6 @@ def test_every_trained_parameter_moves_and_no_other(full, train, adapter_setting
 # --- runs: killed, finished, of several processes ---------------------------------------------
 
 
-@pytest.mark.xdist_group("processes")
 def test_killed_run_continues_to_the_same_bits(train, adapter_settings, reference, tmp_path):
     arguments = overrides({**adapter_settings, "training_args.output_dir": tmp_path / "run"})
     assert killed(main, [CONFIG, *arguments], "checkpoint-4/tokenizer_config.json",
@@ -249,7 +244,6 @@ def test_run_record_and_settings_are_saved(reference, data, common):
     assert load_config(str(reference / "config.yaml"), kind="jsft").peft_config["r"] == 4
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     """One row each and four micro-batches, against two rows and two: the same batches of four.
 
@@ -263,11 +257,9 @@ def test_two_processes_train_as_one_does(train, adapter_settings, tmp_path):
     preference_data(tmp_path / "data", 11)
     one = train(settings)
     folder = tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, "train_jsft.py", CONFIG, *overrides(
-            settings | {"training_args.per_device_train_batch_size": 1,
-                        "training_args.output_dir": folder})],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = in_two_processes("train_jsft.py", CONFIG, *overrides(
+        settings | {"training_args.per_device_train_batch_size": 1,
+                    "training_args.output_dir": folder}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2 (MULTI_CPU) on cpu\n" in done.stdout
     assert losses(folder) == pytest.approx(losses(one.folder), rel=1e-5)

@@ -9,25 +9,21 @@ tests/test_self_judge_trainer.py.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_judge import save_tiny_judge
 from training_runs import (
     ADAPTER,
-    TORCHRUN,
     adapter,
     assert_one_line,
     history,
     in_this_process,
+    in_two_processes,
     killed,
     losses,
     preference_data,
@@ -219,7 +215,6 @@ def test_full_fine_tuning_moves_every_weight_of_the_policy_alone(train, tiny, mo
 # --- runs: killed, finished, of several processes ----------------------------------------------
 
 
-@pytest.mark.xdist_group("processes")
 def test_killed_rounds_continue_to_the_same_bits(train, common, two_rounds, tmp_path):
     """Killed once in each round, between the weights and the optimizer of its last checkpoint."""
     folder, whole = tmp_path / "run", two_rounds.folder
@@ -257,17 +252,14 @@ def test_a_round_whose_start_was_trained_anew_is_not_taken_for_finished(train, t
     assert_one_line(result, "run/round2: holds a run with other settings .*start_sha256")
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_train_as_one_does(train, common, tmp_path):
     """Two queries each, against four; all tokens in the nucleus, lest a rounding change a sample"""
     settings = {**common, "self_judge_args.disable_dropout": "true", "self_judge_args.top_p": 1.0,
                 "training_args.max_steps": 2, "training_args.learning_rate": 1e-3}
     one, folder = train(settings, "--rounds=2").folder, tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, "train_self_judge.py", CONFIG, "--rounds=2", *overrides(
-            settings | {"training_args.per_device_train_batch_size": 2,
-                        "training_args.output_dir": folder})],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = in_two_processes("train_self_judge.py", CONFIG, "--rounds=2", *overrides(
+        settings | {"training_args.per_device_train_batch_size": 2,
+                    "training_args.output_dir": folder}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2 (MULTI_CPU) on cpu\n" in done.stdout
     for ours, theirs in ((folder, one), (folder / "round2", one / "round2")):

@@ -88,6 +88,13 @@ def killed(main: Callable, arguments: list[str], die_at: str, shim: Path,
                           cwd=ROOT, capture_output=True, env=environment).returncode
 
 
+def in_two_processes(*words: object, **variables: str) -> subprocess.CompletedProcess:
+    """A script and its arguments under torchrun."""
+    return subprocess.run(
+        [warm_environment() / "bin/python", "-m", *TORCHRUN, *map(str, words)], cwd=ROOT,
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+
+
 def history(folder: Path, *names: str) -> list[dict]:
     """The logged values of some names, step by step."""
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
