@@ -19,7 +19,7 @@ from typing import get_args
 
 import fire
 
-from lm.records import InputError, first_line
+from lm.records import InputError, first_line, fits
 
 INTERRUPTED = 130
 PATIENCE = 5  # seconds; a launcher ends its other processes a tenth after one has ended
@@ -179,9 +179,5 @@ def _parameter(flag: str) -> str:
 def _fits(value: object, kinds: tuple) -> bool:
     if inspect.Parameter.empty in kinds:
         return True
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    plain = tuple(kind for kind in kinds if isinstance(kind, type))
-    return isinstance(value, plain) if len(plain) == len(kinds) else True
+    plain = all(isinstance(kind, type) for kind in kinds)
+    return fits(value, kinds) if plain or isinstance(value, bool) else True

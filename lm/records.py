@@ -88,11 +88,17 @@ def wrong_field(record: Record, required: Mapping[str, tuple[type, ...]],
         if field not in record:
             if field in required:
                 return f"field '{within}{field}' is missing; expected {expected}"
-        elif not isinstance(record[field], types) or (
-                isinstance(record[field], bool) and bool not in types):
+        elif not fits(record[field], types):
             return (f"field '{within}{field}' is {_type_name(record[field])}; "
                     f"expected {expected}")
     return None
+
+
+def fits(value: object, types: tuple[type, ...]) -> bool:
+    """Whether a value is of one of the types; True is no number, and 1 will do for 1.0."""
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types) or (isinstance(value, int) and float in types)
 
 
 def join_input(record: Record) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from lm.records import InputError
+from lm.records import InputError, fits
 
 KINDS = ("jsft", "self_judge")
 TEXT, NUMBER, OPTIONAL = (str, type(None)), (int, float), (int, type(None))
@@ -228,15 +228,9 @@ def _check(given: Mapping, known: Mapping[str, tuple], where: str) -> None:
     check_keys(given, known, where)
     for key, value in given.items():
         kinds = known[key]
-        if kinds and not _fits(value, kinds):
+        if kinds and not fits(value, kinds):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise InputError(f"{where}: {key} is {value!r}; expected {wanted}")
-
-
-def _fits(value: object, kinds: tuple) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
 def _check_required(raw: Mapping, path: str) -> None:
