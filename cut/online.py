@@ -28,6 +28,7 @@ def audit(counts: Mapping[str, int], max_failed: float, min_positive: float, max
          "--min_positive and --max_positive"),
         ("alike when asked for again", counts.get("alike", 0), counts.get("repeats", 0),
          min_agreement, 1, "--min_agreement")]
-    return [f"{hits} of {total} {what} ({100 * hits / total:.0f} %; expected {100 * low:g} to "
-            f"{100 * high:g} %, {flags})" for what, hits, total, low, high, flags in shares
-            if total and not low <= hits / total <= high]
+    bad = [f"{hits} of {total} {what} ({100 * hits / total:.0f} %; expected {100 * low:g} to "
+           f"{100 * high:g} %, {flags})" for what, hits, total, low, high, flags in shares
+           if total and not low <= hits / total <= high]
+    return bad or ([] if judged else [f"none of {counts['responses']} is judged"])

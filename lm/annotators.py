@@ -156,7 +156,7 @@ class HumanJudge:
             write_sheet(self.sheet, list(rows.values()))
         for index, key in keys.items():
             said = (rows[key]["judgment"] or "").strip()
-            yield index, (read_perfect(said) if said else
+            yield index, (read_perfect(said, by_a_person=True) if said else
                           Judgment(error=f"not filled in yet, in {self.sheet}"))
 
 

@@ -75,12 +75,16 @@ class Budget:
     def __init__(self, max_requests: int = 0, max_cost: float = 0.0):
         self.max_requests, self.max_cost = max_requests, max_cost
         self.requests, self.cost = 0, 0.0
-        self._reserved = 0.0
+        self._under_way, self._reserved = 0, 0.0  # requests, and what they cost at most
         self._changed = threading.Condition()
 
-    def spent(self) -> dict[str, float]:
-        """Requests and dollars so far, for a journal's lines."""
-        return {"requests": self.requests, "cost": self.cost}
+    def spent(self, under_way: bool = False) -> dict[str, float]:
+        """Requests and dollars so far, for a journal's lines.
+
+        `under_way` adds what the requests that are will cost at most: where they are given up.
+        """
+        return {"requests": self.requests,
+                "cost": self.cost + (self._reserved if under_way else 0.0)}
 
     def go_on_from(self, lines: Collection[Mapping]) -> None:
         """Count what earlier runs spent, as the lines of their journal say."""
@@ -90,26 +94,30 @@ class Budget:
     def reserve(self, cost: float) -> None:
         """Set aside what a request costs at most, or stop; wait if others may yet leave enough."""
         with self._changed:
-            while True:
-                if self.max_requests and self.requests >= self.max_requests:
-                    raise BudgetSpent(f"the budget of {self.max_requests} requests is spent; the "
-                                      "same command with a higher --max_requests goes on")
-                if not self.max_cost or self.cost + self._reserved + cost <= self.max_cost:
-                    break
-                if not self._reserved:
-                    raise BudgetSpent(
-                        f"${self.cost:.4f} are spent, and the next request could exceed the budget "
-                        f"of ${self.max_cost:g}; the same command with a higher --max_cost goes on")
+            while spent := self._spent(cost):
+                if not self._under_way:
+                    raise BudgetSpent(spent)
                 self._changed.wait()
             self.requests += 1
+            self._under_way += 1
             self._reserved += cost
 
-    def settle(self, reserved: float, cost: float) -> None:
-        """Replace what was set aside by what it cost."""
+    def _spent(self, cost: float) -> str:
+        """Why there may be no further request of this cost; empty where there may."""
+        if self.max_requests and self.requests >= self.max_requests:
+            return (f"the budget of {self.max_requests} requests is spent; the same command with a "
+                    "higher --max_requests goes on")
+        if self.max_cost and self.cost + self._reserved + cost > self.max_cost:
+            return (f"${self.cost:.4f} are spent, and the next request could exceed the budget of "
+                    f"${self.max_cost:g}; the same command with a higher --max_cost goes on")
+        return ""
+
+    def settle(self, reserved: float, cost: float, sent: bool = True) -> None:
+        """Replace what was set aside by what it cost; a request that was not sent is none."""
         with self._changed:
-            self._reserved = max(self._reserved - reserved, 0.0)
-            if self._reserved < 1e-12:  # rounding
-                self._reserved = 0.0
+            self.requests -= not sent
+            self._under_way -= 1
+            self._reserved = self._reserved - reserved if self._under_way else 0.0  # no rounding
             self.cost += cost
             self._changed.notify_all()
 

@@ -48,6 +48,8 @@ def _lock(file: IO[str]) -> None:
     except BlockingIOError as error:
         raise InputError(f"{file.name}: another run is writing it; the same command goes on when "
                          "that one has ended") from error
+    except OSError:  # network file systems that have no locks keep nobody out
+        pass
 
 
 def read_journal(path: Path, settings: Mapping) -> list[Record]:

@@ -16,9 +16,11 @@ import json
 import os
 import random
 import re
+import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm import replies
@@ -42,6 +44,10 @@ LONGEST_WAIT = 300.0  # seconds; a request for which a server asks more has fail
 FIRST_ATTEMPTS = 3  # to reach a server that was never heard
 
 
+class RequestsFailed(InputError):
+    """Some requests have failed for good; the others are answered."""
+
+
 class Server:
     """One model of one server. 0 is no limit; `cache` is a folder, or empty for none."""
 
@@ -56,7 +62,7 @@ class Server:
             raise InputError("requests_per_minute, max_requests and max_cost must be 0 (no limit) "
                              "or more")
         self.model = model
-        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+        self.base_url = address(base_url) or OPENAI
         if not self.base_url.startswith(("http://", "https://")):
             raise InputError(f"{self.base_url}: is no server's address; --base_url (or "
                              "OPENAI_BASE_URL) begins with http:// or https://")
@@ -180,6 +186,7 @@ class Server:
         tokens = tokens_of(request.text)
         most = cost = self.price.of(tokens, request.max_tokens)  # a lost reply may be charged
         self.budget.reserve(most)
+        sent = True
         try:
             body = self._body(request)
             kind = self._client.chat.completions if "messages" in body else self._client.completions
@@ -190,12 +197,13 @@ class Server:
                                  reply.new_tokens or tokens_of(reply.text))
             return replace(reply, cost=cost)
         except openai.APIError as error:
-            self._heard = self._heard or not replies.nobody_there(error)
-            if isinstance(error, openai.APIStatusError) or replies.nobody_there(error):
+            sent = not replies.nobody_there(error)
+            self._heard = self._heard or sent
+            if isinstance(error, openai.APIStatusError) or not sent:
                 cost = 0.0
             raise
         finally:
-            self.budget.settle(most, cost)
+            self.budget.settle(most, cost, sent)
 
     def _gives_up(self, state: "tenacity.RetryCallState") -> bool:
         nobody = replies.nobody_there(state.outcome.exception()) and not self._heard
@@ -236,6 +244,11 @@ class Server:
         return text[:300]  # cut last: no part of a key stays
 
 
+def address(base_url: str) -> str:
+    """The server that is meant; empty is OpenAI's."""
+    return (base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
+
+
 def connect(model: str, base_url: str, flags: Mapping, **more: object) -> Server:
     """The server that a script's flags speak of."""
     return Server(model, base_url, **{name: flags[name] for name in FLAGS if name in flags} | more)
@@ -258,9 +271,7 @@ def generate_on(server: Server, prompts: Mapping[int, str | Sequence[Mapping[str
     """
     from lm.generation import Response
 
-    requests = {index: Request(prompt, max_new_tokens, temperature, top_p,
-                               sample_seed(seed, index) if temperature else None)
-                for index, prompt in prompts.items()}
+    requests = requests_of(prompts, max_new_tokens, temperature, top_p, seed)
     failed = []
     for index, reply in server.ask(requests):
         if reply.error:
@@ -268,8 +279,17 @@ def generate_on(server: Server, prompts: Mapping[int, str | Sequence[Mapping[str
         else:
             yield index, Response(reply.text, (), reply.finish_reason)
     if failed:
-        raise InputError(f"{len(failed)} of {len(requests)} requests failed (the last: "
-                         f"{failed[-1]}); the same command asks only for those")
+        raise RequestsFailed(f"{len(failed)} of {len(requests)} requests failed (the last: "
+                             f"{failed[-1]}); the same command asks only for those")
+
+
+def requests_of(prompts: Mapping[int, str | Sequence[Mapping[str, str]]], max_new_tokens: int,
+                temperature: float = 0.0, top_p: float = 1.0,
+                seed: int | str = 0) -> dict[int, Request]:
+    """What `generate_on` sends, by index."""
+    return {index: Request(prompt, max_new_tokens, temperature, top_p,
+                           sample_seed(seed, index) if temperature else None)
+            for index, prompt in prompts.items()}
 
 
 def sample_seed(seed: int | str, index: int) -> int:
@@ -277,8 +297,20 @@ def sample_seed(seed: int | str, index: int) -> int:
     return int(hashlib.sha256(f"{seed} {index}".encode()).hexdigest()[:8], 16) >> 1
 
 
+def paid(cache: Path) -> tuple[int, float]:
+    """How many replies are in a cache, and what they cost; lost and unreadable ones are not."""
+    if not cache.is_dir():
+        return 0, 0.0
+    with _open_cache(str(cache)) as kept:
+        return len(kept), sum(kept[key]["cost"] for key in kept)
+
+
 def _open_cache(folder: str) -> "diskcache.Cache":
     import diskcache
 
-    # JSON, as the default would unpickle what it finds; and nothing is ever thrown out
-    return diskcache.Cache(folder, disk=diskcache.JSONDisk, eviction_policy="none")
+    try:
+        # JSON, as the default would unpickle what it finds; and nothing is ever thrown out
+        return diskcache.Cache(folder, disk=diskcache.JSONDisk, eviction_policy="none")
+    except (OSError, sqlite3.Error) as error:
+        raise InputError(f"--cache {folder}: cannot be used ({error}); name a folder that can be "
+                         "written") from error

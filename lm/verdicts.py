@@ -6,7 +6,8 @@ model, or one text, `prompt`, that a model continues. `verdict` says how the rep
     perfect  a reply that begins with "perfect" (any case) is positive, any other is the judgment
     yes_no   the last line is Yes. or No.: whether the response is perfect; before it, the judgment
 
-A reply that was cut off, that refuses or that says nothing is no judgment but a failure.
+What a model thinks first (<think> ... </think>) is no part of its reply. One that was cut off, that
+refuses, or that names no fault is no judgment but a failure.
 """
 
 import re
@@ -19,10 +20,20 @@ KEYS = {"perfect": {"verdict", "system", "user"},
         "yes_no": {"verdict", "prompt", "target", "positive"}}
 PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
 DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
+THOUGHTS = re.compile(r"<think>.*?(</think>|$)\s*", re.IGNORECASE | re.DOTALL)
 REFUSAL = re.compile(r"\W*(unfortunately\W+)?"
-                     r"((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|as an ai\b|"
+                     r"((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|"
+                     r"as an? (ai|(large )?language model)\b|i (must )?decline|"
                      r"i (can ?not|can['’]t|won['’]t|will not|am (not able|unable))|"
                      r"i['’]m (not able|unable))", re.IGNORECASE)
+# Not as it was asked to say it, so that nobody knows what was meant; and errors in a reply's place
+NO_FAULT = re.compile(r"""\W*(
+    ((the|this|your)\s)? (response|answer|output|it) (\s(is|was|looks))? \W*
+        (perfect|flawless|correct|fine|good) |
+    it['’]s\s(perfect|flawless|correct|fine|good) |
+    (there\s(are|were)\s)? no\s([a-z]+\s)?(mistakes?|errors?|faults?|issues?|problems?)
+        (\s(were\s)?found)? |
+    none | n/?a | \$?error\$? | \{.*\} )\W*""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
 
 
 @dataclass(frozen=True)
@@ -65,21 +76,24 @@ class JudgePrompt:
     def read(self, reply: str, finish_reason: str = "stop") -> Judgment:
         """The judgment in a reply."""
         read = read_perfect if self.verdict == "perfect" else read_yes_no
-        found = replace(read(reply.strip()), raw=reply)
+        said = reply.strip()
+        if thoughts := THOUGHTS.match(said):
+            said = said[thoughts.end():]
+        found = replace(read(said), raw=reply)
         ends = found.text is None or self.verdict == "yes_no"  # it tells that it is complete
         if finish_reason == "length" and (found.error or not ends):
             return Judgment(error="cut off before its end", raw=reply)
         return found
 
 
-def read_perfect(reply: str) -> Judgment:
+def read_perfect(reply: str, by_a_person: bool = False) -> Judgment:
     """
     >>> read_perfect("Perfect.").text, read_perfect("Too long.").text
     (None, 'Too long.')
     """
     if PERFECT.match(reply):
         return Judgment(raw=reply)
-    return negative(reply, reply)
+    return negative(reply, reply, by_a_person)
 
 
 def read_yes_no(reply: str) -> Judgment:
@@ -95,11 +109,16 @@ def read_yes_no(reply: str) -> Judgment:
     return negative((match[1] or "").strip(), reply)
 
 
-def negative(text: str, raw: str) -> Judgment:
-    """The judgment that a text is, which says what is wrong; failed if it says nothing."""
+def negative(text: str, raw: str, by_a_person: bool = False) -> Judgment:
+    """The judgment that a text is, which says what is wrong; failed if it does not.
+
+    People do not refuse: theirs may begin with "Sorry".
+    """
     if not re.search(r"\w", text):
         return Judgment(error="says nothing", raw=raw)
-    if REFUSAL.match(text):
+    if NO_FAULT.fullmatch(text):
+        return Judgment(error="names no fault, nor says \"perfect\" as it was asked to", raw=raw)
+    if REFUSAL.match(text) and not by_a_person:
         return Judgment(error="refuses to judge", raw=raw)
     return Judgment(text, raw=raw)
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.journal import append, by_content, digest, open_journal
+from lm.judges import check_constraints
 from lm.models import load_tokenizer, precision, resolve_model
 from lm.processes import (
     discard_parts,
@@ -55,7 +56,7 @@ from lm.records import (
     write_json,
     write_lines,
 )
-from lm.server import connect
+from lm.server import address, connect
 from lm.verdicts import JudgePrompt, load_judge_prompt
 from scripts.generate import fingerprint, load, noting_costs
 from scripts.self_reject import model_settings
@@ -122,6 +123,8 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
     place, processes = launched(alone="" if judge in IN_PROCESS else f"--judge {judge}")
     journal, made_by = journal_file(output), identity(settings)
     if overwrite:
+        if judge == "server":
+            connect(model, base_url, vars(settings))  # what stops it must do so before a loss
         discard_parts(journal, place, processes)
     elif output.exists() and not journal.exists():
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
@@ -154,6 +157,8 @@ def check(settings: SimpleNamespace) -> None:
         raise InputError(f"--judge {kind!r}: expected one of {', '.join(JUDGES)}")
     if not settings.output_path.endswith((".json", ".jsonl")):
         raise InputError(f"--output_path {settings.output_path!r}: expected a .json or .jsonl file")
+    if settings.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens is {settings.max_new_tokens}; expected 1 or more")
     if settings.limit < 0 or not 0 <= settings.max_failed <= 1:
         raise InputError(f"--limit {settings.limit} must be 0 (all) or more, and --max_failed "
                          f"{settings.max_failed} a share between 0 and 1")
@@ -167,6 +172,8 @@ def check(settings: SimpleNamespace) -> None:
         settings.model = resolve_model(settings.model)
     if kind == "human":
         settings.sheet = Path(settings.sheet or f"{settings.output_path}.sheet.csv")
+        if settings.sheet.suffix not in (".csv", ".jsonl"):
+            raise InputError(f"--sheet {settings.sheet}: expected a .csv or .jsonl file")
 
 
 def judge_prompt(judge: str, template: str) -> JudgePrompt:
@@ -201,7 +208,10 @@ def load_responses(settings: SimpleNamespace) -> list[Record]:
                  {"input": (str, NoneType)})
     if settings.judge == "jsft":
         add_others(records, settings.other_path)
-    return records[:settings.limit or None]
+    records = records[:settings.limit or None]
+    if settings.judge == "rules":
+        check_constraints(records, settings.data_path)
+    return records
 
 
 def add_others(records: list[Record], path: str) -> None:
@@ -233,7 +243,7 @@ def identity(settings: SimpleNamespace) -> dict:
                   "templates": digest(asdict(settings.templates)),
                   "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     if settings.judge == "server":
-        found["base_url"] = settings.base_url
+        found["base_url"] = address(settings.base_url)
     if settings.judge == "local":
         found |= {"weights": fingerprint(Path(settings.model)), "load_in": settings.load_in}
     return found

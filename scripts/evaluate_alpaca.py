@@ -14,8 +14,10 @@ the server from --base_url or OPENAI_BASE_URL.
 
 A draw counts one half. A pair whose judgment failed or cannot be read is undecided: left out,
 counted, and asked again by the next run; with more of them than --max_undecided the exit code is
-1. Results of other inputs are never replaced (those of another --limit are): they want another
---output_dir. The length-controlled win rate needs files of the Hub and is not computed.
+1. Results of other inputs, another server or another model are never replaced: they want another
+--output_dir. Those of another --limit are, and those of the same model's answers where the file has
+changed. Any port of this machine counts as the same server. The length-controlled win rate needs
+files of the Hub and is not computed.
 
 Cost: the published judgments of 805 answers by gpt-4 say that they cost $18.17 and took 15 minutes;
 the annotators of 2024 cost a third and less (an estimate). alpaca-eval needs no environment of its
@@ -28,20 +30,20 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, check_fields, read_records, write_json
-from lm.server import check_judge, connect
+from lm.server import check_judge
 from lm.stages import locked
 from lm.tables import paper_rows, table
-from scripts.evaluate_mt_bench import refuse_other_inputs
+from scripts.evaluate_mt_bench import asking, refuse_other_inputs, replies
 
 if TYPE_CHECKING:
     from alpaca_eval.annotators import PairwiseAnnotator
@@ -77,8 +79,9 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
         requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
         attempts: of each request, before it has failed.
-        max_requests: stop a run before more requests than this; 0 is no limit.
-        max_cost: stop a run before more dollars than this; 0 is no limit.
+        max_requests: stop before more requests than this, earlier runs for this output included; 0
+            is no limit.
+        max_cost: stop before more dollars than this, counted alike; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
@@ -96,35 +99,55 @@ def main(model_outputs: str = "", annotations: str = "", reference_outputs: str 
     if dry_run:
         check_judge(load_annotator(annotator, judge_model)[1], base_url, flags)
         return
-    if annotations:
-        judged = read_annotations(annotations)[:limit or None]
-        folder = Path(output_dir) if output_dir else None
-        about = {"benchmark": "alpaca_eval", "annotations": annotations}
-    else:
-        pairs = read_pairs(model_outputs, reference_outputs, limit)
-        folder = Path(output_dir or Path(model_outputs).with_suffix("") / "-".join(
-            filter(None, (Path(annotator).name, judge_model.replace("/", "_")))))
-        judge, model = load_annotator(annotator, judge_model)
-        about = {"benchmark": "alpaca_eval", "model_outputs": model_outputs,
-                 "annotator": annotator, "judge_model": model,
-                 "reference_outputs": reference_outputs or "the Hub's"}
-    with locked(folder) if folder else nullcontext():  # a second run finds replies in the cache
-        if folder:
-            refuse_other_inputs(folder, about)
-        if model_outputs:
-            server = connect(model, base_url, flags, cache=str(folder / "cache"))
-            judged = annotate_into(folder, judge, server, *pairs)
-            about |= {"base_url": server.base_url, "cost_of_this_run": server.budget.cost}
-        result = {"model": judged[0].get("generator_2") or "the model", **count(judged)}
-        print(summary(result))
-        if folder:
-            write_json(folder / "results.json", {**about, **result})
-            print(f"written: {folder}/results.json")
+    result = (of_annotations(annotations, output_dir, limit) if annotations else
+              of_answers(SimpleNamespace(**flags)))
     if (share := undecided_share(result)) > max_undecided:
-        print(f"warning: {result['n_undecided']} of {len(judged)} pairs are undecided "
+        pairs = result["n_total"] + result["n_undecided"]
+        print(f"warning: {result['n_undecided']} of {pairs:.0f} pairs are undecided "
               f"({100 * share:.0f} %; --max_undecided allows {100 * max_undecided:g} %), so this "
               "win rate is one of the others alone", file=sys.stderr)
         sys.exit(1)
+
+
+def of_annotations(path: str, output_dir: str, limit: int) -> dict:
+    """The result that judgments make, written if there is a folder for it."""
+    judged = read_annotations(path)[:limit or None]
+    about = {"benchmark": "alpaca_eval", "model": judged[0].get("generator_2") or "the model",
+             "annotations": path}
+    if not output_dir:
+        return finish(about, judged)
+    folder = Path(output_dir)
+    with locked(folder):
+        refuse_other_inputs(folder, about)
+        return finish(about, judged, folder)
+
+
+def of_answers(flags: SimpleNamespace) -> dict:
+    """The result of answers, judged by a server and written."""
+    references, answers = read_pairs(flags.model_outputs, flags.reference_outputs, flags.limit)
+    folder = Path(flags.output_dir or Path(flags.model_outputs).with_suffix("") / "-".join(
+        filter(None, (Path(flags.annotator).name, flags.judge_model.replace("/", "_")))))
+    judge, model = load_annotator(flags.annotator, flags.judge_model)
+    about = {"benchmark": "alpaca_eval", "model": answers[0]["generator"],
+             "model_outputs": flags.model_outputs, "annotator": flags.annotator,
+             "judge_model": model, "reference_outputs": flags.reference_outputs or "the Hub's"}
+    # A second run waits, and finds all that the first has paid for in the cache
+    with locked(folder), asking(folder, model, flags.base_url, vars(flags)) as (server, before):
+        about["base_url"] = server.base_url
+        refuse_other_inputs(folder, about)
+        judged = annotate_into(folder, judge, server, references, answers)
+        about["cost_of_this_run"] = server.budget.cost - before
+        return finish(about, judged, folder)
+
+
+def finish(about: dict, judged: list[Record], folder: Path | None = None) -> dict:
+    """The judgments counted and shown, and written if there is a folder for it."""
+    result = {**about, **count(judged)}
+    print(summary(result))
+    if folder:
+        write_json(folder / "results.json", result)
+        print(f"written: {folder}/results.json")
+    return result
 
 
 def read_annotations(path: str) -> list[Record]:
@@ -145,7 +168,7 @@ def read_pairs(model_outputs: str, reference: str, limit: int) -> tuple[list[Rec
 
     answers = read_answers(model_outputs)[:limit or None]
     reference = reference or download_alpaca_eval("--reference_outputs")
-    of_reference = {record["instruction"]: record for record in read_answers(reference)}
+    of_reference = {record["instruction"]: record for record in read_reference(reference)}
     for index, answer in enumerate(answers):
         if answer["instruction"] not in of_reference:
             raise InputError(f"{model_outputs}: record {index}: the reference has no answer to "
@@ -155,17 +178,31 @@ def read_pairs(model_outputs: str, reference: str, limit: int) -> tuple[list[Rec
     return [of_reference[answer["instruction"]] for answer in answers], answers
 
 
+def read_reference(path: str) -> list[Record]:
+    """The reference's answers, those of a file of judgments too."""
+    return checked_answers([{"output": record.get("output_1"), **record,
+                             "generator": record.get("generator") or record.get("generator_1")}
+                            for record in read_records(path)], path)
+
+
 def read_answers(path: str) -> list[Record]:
+    """The model's answers; judgments hold two models' answers, and are counted instead."""
+    records = read_records(path)
+    if any("output" not in record and "output_1" in record for record in records):
+        raise InputError(f"{path}: holds judgments, not a model's answers; give it as "
+                         "--annotations to count them")
+    return checked_answers(records, path)
+
+
+def checked_answers(records: list[Record], path: str) -> list[Record]:
     """Instruction, output and generator of each answer, no instruction twice."""
-    records = [{"output": record.get("output_1"), "generator": record.get("generator_1"), **record}
-               for record in read_records(path)]
     check_fields(records, path, {"instruction": (str,), "output": (str,)})
     (text, times), = Counter(record["instruction"] for record in records).most_common(1)
     if times > 1:
         raise InputError(f"{path}: holds {times} answers to the instruction {text[:60]!r}; keep "
                          "one of them")
     return [{"instruction": record["instruction"], "output": record["output"],
-             "generator": record["generator"] or Path(path).stem} for record in records]
+             "generator": record.get("generator") or Path(path).stem} for record in records]
 
 
 def load_annotator(name: str, judge_model: str) -> tuple["PairwiseAnnotator", str]:
@@ -221,7 +258,6 @@ def annotate(annotator: "PairwiseAnnotator", server: "Server", references: list[
 def asker(server: "Server", single: object, undecided: list[dict]) -> Callable[..., dict]:
     """What the package calls to have its prompts completed."""
     from alpaca_eval.utils import prompt_to_chatml
-    from tqdm import tqdm
 
     from lm.replies import Request
 
@@ -232,16 +268,15 @@ def asker(server: "Server", single: object, undecided: list[dict]) -> Callable[.
             chat = prompt.startswith("<|im_start|>")
             requests[index] = Request(prompt_to_chatml(prompt) if chat else prompt, max_tokens,
                                       temperature, top_p, extra=extra)
-        print(server.estimate(requests))
-        replies = dict(tqdm(server.ask(requests), total=len(requests), unit="judgment"))
-        completions = [completion_of(single, replies[index]) for index in requests]
+        said = dict(replies(server, requests))
+        completions = [completion_of(single, said[index]) for index in requests]
         for index, completion in enumerate(completions):
             if not readable(single, completion):
                 server.forget(requests[index])
-                undecided.append({"asked": requests[index].text, "said": replies[index].text,
-                                  "error": replies[index].error or "cannot be read"})
+                undecided.append({"asked": requests[index].text, "said": said[index].text,
+                                  "error": said[index].error or "cannot be read"})
         return {"completions": completions, "completions_all": completions,
-                "price_per_example": [replies[index].cost for index in requests]}
+                "price_per_example": [said[index].cost for index in requests]}
 
     return ask
 

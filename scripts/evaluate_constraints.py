@@ -18,7 +18,7 @@ from types import NoneType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.judges import satisfied
+from lm.judges import check_constraints, satisfied
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
 from lm.shares import Share, wilson
 from lm.tables import table
@@ -57,13 +57,9 @@ def read_prompts(path: str) -> list[Record]:
     check_fields(records, path, {"instruction": (str,), "constraints": (list,)},
                  {"input": (str, NoneType)})
     records = [{**record, "instruction": join_input(record)} for record in records]
+    check_constraints(records, path)
     seen: set[str] = set()
     for index, record in enumerate(records):
-        if not all(isinstance(entry, dict) and isinstance(entry.get("kind"), str)
-                   and isinstance(entry.get("kwargs"), dict)
-                   for entry in record["constraints"]) or not record["constraints"]:
-            raise InputError(f"{path}: record {index}: field 'constraints' must be a list of "
-                             "{\"kind\": text, \"kwargs\": object}, at least one")
         if record["instruction"] in seen:
             raise InputError(f"{path}: record {index}: field 'instruction' repeats that of an "
                              "earlier record; keep one of them")

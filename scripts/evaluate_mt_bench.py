@@ -10,23 +10,27 @@ our own, so a score is comparable with others made here, and with published ones
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
 score from 1 to 10 is a failure: left out of the means, counted, and asked again by the next run.
-Results of other inputs are never replaced (those of another --limit or temperature are): they want
-another --output_dir.
-The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
+Results of other inputs, another server or another model are never replaced: they want another
+--output_dir. Those of another --limit or temperature are, and those of the same model's answers
+where the file has changed. Any port of this machine counts as the same server. The key comes from
+OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL. Only servers are asked: for a local
+judge start `vllm serve` or `transformers serve` and give its address as --base_url.
 
 Cost (estimates): 160 replies judged by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a time.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lm.budget import LOCAL
 from lm.cli import run
 from lm.prompts import fill, load_prompt
 from lm.records import (
@@ -37,18 +41,19 @@ from lm.records import (
     write_json,
     wrong_field,
 )
-from lm.server import check_judge, connect
+from lm.server import check_judge, connect, paid
 from lm.stages import locked, refuse_changes
 from lm.tables import paper_rows, table
 from scripts.report_results import read
 
 if TYPE_CHECKING:
-    from lm.replies import Request
+    from lm.replies import Reply, Request
     from lm.server import Server
 
 SCORE = re.compile(r"^\W*score[\s:*_=]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?[.*_\s]*$",
                    re.IGNORECASE | re.MULTILINE)
 FIELDS = {"system": set(), "user": {"dialogue"}, "reference": {"turn", "reference"}}
+NAMES = ("benchmark", "model", "baseline", "judge_model")  # inputs that are no paths
 DRAWS = 1000  # of the bootstrap
 
 
@@ -74,8 +79,9 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
         attempts: of each request, before it has failed.
-        max_requests: stop a run before more requests than this; 0 is no limit.
-        max_cost: stop a run before more dollars than this; 0 is no limit.
+        max_requests: stop before more requests than this, earlier runs for this output included; 0
+            is no limit.
+        max_cost: stop before more dollars than this, counted alike; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
@@ -83,6 +89,8 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     from lm.replies import Request
 
     flags = locals()
+    if max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens is {max_new_tokens}; expected 1 or more")
     prompt = load_prompt(template, FIELDS)
     if dry_run:
         check_judge(judge_model, base_url, flags)
@@ -93,12 +101,13 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
     known = sum(any(record.get("reference") or []) for record in records)
     print(f"{known} of {len(records)} questions have a reference")
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
-    inputs = {"benchmark": "mt_bench", "answers": answers, "references": references,
-              "judge_model": judge_model, "template": template}
+    inputs = {"benchmark": "mt_bench", "model": records[0]["generator"], "answers": answers,
+              "references": references, "judge_model": judge_model, "template": template}
     turns = [(record, turn) for record in records for turn in range(len(record["turns"]))]
-    with locked(folder):  # a second run finds all that the first has paid for in the cache
+    # A second run waits, and finds all that the first has paid for in the cache
+    with locked(folder), asking(folder, judge_model, base_url, flags) as (server, before):
+        inputs["base_url"] = server.base_url
         refuse_other_inputs(folder, inputs)
-        server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
         said = ask(server, [Request(question(prompt, *each), max_new_tokens, temperature)
                             for each in turns], read_score)
         judged = [{"question_id": record["question_id"], "category": record["category"],
@@ -107,21 +116,52 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         write_json(folder / "judgments.json", judged)
         failed = report_failed(judged, "score", folder)
         scores = means(judged)
-        print(summary(scores, records[0]["generator"]))
+        print(summary(scores, inputs["model"]))
         write_json(folder / "results.json", {
-            **inputs, "model": records[0]["generator"], "base_url": server.base_url,
-            "cost_of_this_run": server.budget.cost, "failed": failed, "scores": scores})
-    print(f"written: {folder}/results.json")
+            **inputs, "cost_of_this_run": server.budget.cost - before, "failed": failed,
+            "scores": scores})
+        print(f"written: {folder}/results.json")
+
+
+@contextlib.contextmanager
+def asking(folder: Path, model: str, base_url: str,
+           flags: Mapping) -> Iterator[tuple["Server", float]]:
+    """The judge's server, and the dollars that earlier runs for this folder spent.
+
+    Its budget goes on from what the replies in the folder's cache have cost; those that gave no
+    judgment are not kept there. At the end, whatever it is, what this run took is told.
+    """
+    requests, cost = paid(folder / "cache")
+    server = connect(model, base_url, flags, cache=str(folder / "cache"))
+    server.budget.go_on_from([{"requests": requests, "cost": cost}])
+    try:
+        yield server, cost
+    finally:
+        if (asked := server.budget.requests - requests) and server.price.known:
+            print(f"this run: {asked} requests, ${server.budget.cost - cost:.4f}")
 
 
 def refuse_other_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Stop before results of other inputs would be replaced; a path may be written in many ways."""
+    """Stop before results of other inputs would be replaced."""
     path = folder / "results.json"
     if path.is_file():
         found = read(path)
         same = {name: value for name, value in inputs.items()
-                if os.path.realpath(str(found.get(name))) == os.path.realpath(value)}
+                if comparable(name, str(found.get(name))) == comparable(name, value)}
         refuse_changes(path, {name: found.get(name) for name in inputs} | same, inputs)
+
+
+def comparable(name: str, value: str) -> str:
+    """An input so that equal ones are written alike.
+
+    A path may be written in many ways; a server on this machine has another port each time.
+
+    >>> comparable("base_url", "http://localhost:8000/v1") == comparable("base_url", "http://[::1]")
+    True
+    """
+    if name == "base_url":
+        return "this machine" if LOCAL.match(value) else value
+    return value if name in NAMES else os.path.realpath(value)
 
 
 def read_dialogues(path: str) -> list[Record]:
@@ -214,12 +254,9 @@ def ask(server: "Server", requests: Sequence["Request"],
 
     What gave none does not stay in the cache, so the next run asks it again.
     """
-    from tqdm import tqdm
-
     numbered = dict(enumerate(requests))
-    print(server.estimate(numbered))
     said: dict[int, dict] = {}
-    for index, reply in tqdm(server.ask(numbered), total=len(requests), unit="judgment"):
+    for index, reply in replies(server, numbered):
         error = reply.error or ("cut off before its end" if reply.finish_reason == "length" else "")
         value = None if error else read(reply.text)
         if value is None:
@@ -227,6 +264,21 @@ def ask(server: "Server", requests: Sequence["Request"],
             error = error or "cannot be read"
         said[index] = {"value": value, "reply": reply.text, "error": error}
     return [said[index] for index in numbered]
+
+
+def replies(server: "Server", requests: Mapping[int, "Request"]) -> Iterator[tuple[int, "Reply"]]:
+    """(index, reply) as they come, under a progress bar with the dollars of the budget.
+
+    Those of earlier runs are among them. Before it, what the replies may cost is told.
+    """
+    from tqdm import tqdm
+
+    print(server.estimate(requests))
+    progress = tqdm(server.ask(requests), total=len(requests), unit="judgment")
+    for index, reply in progress:
+        if server.price.known:
+            progress.set_postfix_str(f"${server.budget.cost:.2f}")
+        yield index, reply
 
 
 def read_score(text: str) -> float | None:

@@ -10,8 +10,11 @@ loses it likewise; all else is a tie. The win rate counts a tie one half. The ju
 
 Requests go through lm/server.py: a stopped run goes on and asks nothing twice. A reply without one
 verdict is a failure: its question is left out, counted, and asked again by the next run. Results of
-other inputs are never replaced (those of another temperature are): they want another --output_dir.
-The key comes from OPENAI_API_KEY, the server from --base_url or OPENAI_BASE_URL.
+other inputs, another server or other models are never replaced: they want another --output_dir.
+Those of another temperature are, and those of the same models' answers where a file has changed.
+Any port of this machine counts as the same server. The key comes from OPENAI_API_KEY, the server
+from --base_url or OPENAI_BASE_URL. Only servers are asked: for a local judge start `vllm serve` or
+`transformers serve` and give its address as --base_url.
 
 Cost (estimates): 80 questions judged twice by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a
 time.
@@ -27,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.prompts import fill, load_prompt
 from lm.records import InputError, Record, write_json
-from lm.server import check_judge, connect
+from lm.server import check_judge
 from lm.shares import Share, wilson
 from lm.stages import locked
 from lm.tables import paper_rows, table
 from scripts.evaluate_mt_bench import (
     ask,
+    asking,
     by_question,
     read_dialogues,
     refuse_other_inputs,
@@ -67,8 +71,9 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
         requests_per_minute: send no more than that; 0 is no limit.
         timeout: seconds to wait for a reply before asking again.
         attempts: of each request, before it has failed.
-        max_requests: stop a run before more requests than this; 0 is no limit.
-        max_cost: stop a run before more dollars than this; 0 is no limit.
+        max_requests: stop before more requests than this, earlier runs for this output included; 0
+            is no limit.
+        max_cost: stop before more dollars than this, counted alike; 0 is no limit.
         price_in: dollars per million tokens of prompts, where configs/prices.yaml lacks the model.
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
@@ -76,19 +81,22 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
     from lm.replies import Request
 
     flags = locals()
+    if max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens is {max_new_tokens}; expected 1 or more")
     prompt = load_prompt(template, FIELDS)
     if dry_run:
         check_judge(judge_model, base_url, flags)
         return
     pairs = read_pairs(answers, baseline)
     folder = Path(output_dir or Path(answers).with_suffix("") / judge_model.replace("/", "_"))
-    inputs = {"benchmark": "vicuna", "answers": answers, "baseline_answers": baseline,
-              "judge_model": judge_model, "template": template}
-    orders = [(pair, shown_first) for pair in pairs for shown_first in ("model", "baseline")]
     names = [pairs[0][side]["generator"] for side in (0, 1)]
-    with locked(folder):  # a second run finds all that the first has paid for in the cache
+    inputs = {"benchmark": "vicuna", "model": names[0], "baseline": names[1], "answers": answers,
+              "baseline_answers": baseline, "judge_model": judge_model, "template": template}
+    orders = [(pair, shown_first) for pair in pairs for shown_first in ("model", "baseline")]
+    # A second run waits, and finds all that the first has paid for in the cache
+    with locked(folder), asking(folder, judge_model, base_url, flags) as (server, before):
+        inputs["base_url"] = server.base_url
         refuse_other_inputs(folder, inputs)
-        server = connect(judge_model, base_url, flags, cache=str(folder / "cache"))
         said = ask(server, [Request(question(prompt, *order), max_new_tokens, temperature)
                             for order in orders], read_verdict)
         judged = [{"question_id": mine["question_id"], "category": mine["category"],
@@ -99,10 +107,10 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
         shares, undecided = count(judged)
         print(summary(shares, *names, undecided))
         write_json(folder / "results.json", {
-            **inputs, "model": names[0], "baseline": names[1], "base_url": server.base_url,
-            "cost_of_this_run": server.budget.cost, "failed": failed, "undecided": undecided,
+            **inputs, "cost_of_this_run": server.budget.cost - before, "failed": failed,
+            "undecided": undecided,
             "shares": {name: asdict(share) for name, share in shares.items()}})
-    print(f"written: {folder}/results.json")
+        print(f"written: {folder}/results.json")
 
 
 def read_pairs(answers: str, baseline: str) -> list[tuple[Record, Record]]:

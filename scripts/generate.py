@@ -10,9 +10,10 @@
 
 Each finished response goes to OUTPUT.responses.jsonl at once (of further processes, to
 OUTPUT.responses.process1.jsonl and so on); after a stop, even a kill, the same command goes on
-where it was, with any number of processes. A response counts for its prompt wherever that stands
-now: when some prompts were added, removed or moved, only new ones are answered. A finished output
-is kept, with its settings beside it, and reused.
+where it was, with any number of processes. Its lines have the response's token `ids` too, but for a
+server's, which gives none. A response counts for its prompt wherever that stands now: when some
+prompts were added, removed or moved, only new ones are answered. A finished output is kept, with
+its settings beside it, and reused.
 Without `--generation-config vllm`, vLLM's server adds the model's own defaults, such as a
 repetition penalty, to what it is asked.
 Differs from the released script: batches, resumes, and decodes the new tokens only (it split the
@@ -20,6 +21,7 @@ text at the first "### Response:", even one inside an instruction).
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import sys
@@ -60,7 +62,8 @@ from lm.records import (
     read_records,
     write_json,
 )
-from lm.server import connect
+from lm.server import RequestsFailed, connect, generate_on, requests_of
+from lm.stages import model_files
 from lm.templates import load_template
 
 if TYPE_CHECKING:
@@ -82,7 +85,8 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
          overwrite: bool = False, base_url: str = "", concurrency: int = 8,
          requests_per_minute: float = 0.0, timeout: float = 600.0, attempts: int = 8,
          max_requests: int = 0, max_cost: float = 0.0, price_in: float = -1.0,
-         price_out: float = -1.0, cache: str = "", engine: str = "hf") -> None:
+         price_out: float = -1.0, cache: str = "", engine: str = "hf",
+         max_failed: float = 0.0) -> None:
     """Generate a response to each instruction, batched and resumable.
 
     Args:
@@ -116,6 +120,8 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         cache: folder that keeps the server's responses for other runs; empty is none.
         engine: hf (transformers), or vllm where it is installed, by one process; it makes bf16 of
             a checkpoint in fp32 on a GPU (--load_in fp32 does not).
+        max_failed: share of prompts that a server may fail to answer: the output is written
+            without these, and the same command asks for them again. With more it is not written.
     """
     from tqdm import tqdm
 
@@ -124,27 +130,17 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     flags = locals()
     check_sampling(max_new_tokens, batch_tokens, temperature, top_p)
     check_engine(engine, base_url, peft_model_path, load_in)
+    check_share(max_failed)
     adapter = find_adapter(peft_model_path) if peft_model_path else None
     model_path = Path(base_model_name_or_path if base_url else
                       resolve_model(base_model_name_or_path))
     records = load_prompts(data_path, limit)
     output = output_file(output_path, adapter or model_path)
-    source = {"base_url": base_url} if base_url else {
-        "weights": fingerprint(model_path), "adapter": str(adapter or ""),
-        "adapter_weights": fingerprint(adapter), "load_in": load_in,
-        **({} if engine == "hf" else {"engine": engine})}
-    settings = {
-        "model": str(model_path), **source,
-        "template": template_text(template), "prompts": digest(records),
-        "generator": generator or (adapter or model_path).resolve().name,
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    refuse_same(output, data_path)
+    settings = identity(flags, model_path, adapter, records)
     place, processes = launched(alone="--base_url" if base_url else
                                 "--engine vllm" if engine == "vllm" else "")
-    journal = journal_file(output)
-    if overwrite:
-        settings_file(output).unlink(missing_ok=True)  # first: a kill leaves a run that goes on
-        discard_parts(journal, place, processes)
-    elif is_done(output, settings):
+    if not overwrite and is_done(output, settings):
         if place == 0:
             print(f"{output}: already there, made with the same settings; --overwrite makes it "
                   "anew")
@@ -152,7 +148,17 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     server = connect(base_model_name_or_path, base_url, flags) if base_url else None
     prompts = prompts_of(records, template)
     contents = [digest(prompt) for prompt in prompts]
+    mine = share([len(record["instruction"]) for record in records], place, processes)
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
+    reply = functools.partial(ask, server, sampling) if server else functools.partial(
+        respond, engine, str(model_path), adapter, load_in, batch_tokens, sampling)
+    journal, found = journal_file(output), None
+    if overwrite:
+        if mine:  # before anything is lost: no model, a prompt that is too long
+            found = reply({index: prompts[index] for index in mine})
+        wait(processes)
+        settings_file(output).unlink(missing_ok=True)  # first: a kill leaves a run that goes on
+        discard_parts(journal, place, processes)
     file, lines = open_journal(part_of(journal, place), bound(settings))
     with file:
         done = finished(output, settings, contents)
@@ -160,19 +166,21 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
             check_settings(output, read_settings(output), settings)
         if done and place == 0:
             print(f"{output}: going on after {len(done)} finished responses")
-        mine = share([len(record["instruction"]) for record in records], place, processes)
         left = {index: prompts[index] for index in mine if index not in done}
+        failure = None
         with noting_costs(file, server):
             if left:
-                found = (ask(server, left, lines, sampling) if server else
-                         respond(engine, str(model_path), adapter, load_in, left, batch_tokens,
-                                 sampling))
-                bar = tqdm(found, total=len(mine), initial=len(mine) - len(left), unit="response",
-                           desc=told_share(processes), disable=place > 0)
-                note(bar, contents, file, server)
+                if server:  # the requests and dollars that this output took so far count
+                    server.budget.go_on_from(lines)
+                bar = tqdm(found or reply(left), total=len(mine), initial=len(mine) - len(left),
+                           unit="response", desc=told_share(processes), disable=place > 0)
+                failure = note(bar, contents, file, server)
         wait(processes)
         if place == 0:
-            write_output(output, records, settings, finished(output, settings, contents))
+            done = finished(output, settings, contents)
+            if failure:
+                tell_failed(failure, output, len(records) - len(done), len(records), max_failed)
+            write_output(output, records, settings, done)
             merge_parts(file, bound(settings))
 
 
@@ -193,6 +201,32 @@ def check_engine(engine: str, base_url: str, peft_model_path: str, load_in: str)
         if importlib.util.find_spec("vllm") is None:
             raise InputError("--engine vllm: vllm is not installed here; see lm/vllm_engine.py, or "
                              "use --engine hf")
+
+
+def check_share(max_failed: float) -> None:
+    """Stop at what is no share."""
+    if not 0 <= max_failed <= 1:
+        raise InputError(f"--max_failed is {max_failed}; expected a share between 0 and 1")
+
+
+def refuse_same(output: Path, data_path: str) -> None:
+    """Stop where the output would replace what it is made of."""
+    if output.resolve() == Path(data_path).resolve():
+        raise InputError("--output_path is --data_path; choose another, so that both are kept")
+
+
+def identity(flags: Mapping, model_path: Path, adapter: Path | None,
+             records: list[Record]) -> dict:
+    """What an output is made with."""
+    source = {"base_url": flags["base_url"]} if flags["base_url"] else {
+        "weights": fingerprint(model_path), "adapter": str(adapter or ""),
+        "adapter_weights": fingerprint(adapter), "load_in": flags["load_in"],
+        **({} if flags["engine"] == "hf" else {"engine": flags["engine"]})}
+    return {
+        "model": str(model_path), **source, "template": template_text(flags["template"]),
+        "prompts": digest(records),
+        "generator": flags["generator"] or (adapter or model_path).resolve().name,
+        **{key: flags[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}}
 
 
 def load_prompts(source: str, limit: int) -> list[Record]:
@@ -238,11 +272,11 @@ def template_text(name: str) -> str:
 
 
 def fingerprint(folder: Path | None) -> str:
-    """Changes when the weights in a folder are written again; empty for a model on the Hub."""
+    """Changes when a model's files in a folder are written again; empty for one on the Hub."""
     if folder is None or not folder.is_dir():
         return ""
-    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
-    return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                   for file in model_files(folder)])
 
 
 def journal_file(output: Path) -> Path:
@@ -259,8 +293,8 @@ def read_settings(output: Path) -> dict:
 
 
 def bound(settings: Mapping) -> dict:
-    """What a response depends on, whatever the other prompts are."""
-    return {key: value for key, value in settings.items() if key != "prompts"}
+    """What a response depends on, whatever the other prompts (or questions) are."""
+    return {key: value for key, value in settings.items() if key not in ("prompts", "questions")}
 
 
 def is_done(output: Path, settings: dict) -> bool:
@@ -315,9 +349,8 @@ def prompts_of(records: list[Record], template: str) -> "list[Prompt]":
     return [frame.render(text) for text in texts]
 
 
-def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
-            prompts: "dict[int, Prompt]", batch_tokens: int,
-            sampling: dict) -> "Iterator[tuple[int, Response]]":
+def respond(engine: str, model_path: str, adapter: Path | None, load_in: str, batch_tokens: int,
+            sampling: dict, prompts: "dict[int, Prompt]") -> "Iterator[tuple[int, Response]]":
     """(index, response), as they are finished, of a model in this process."""
     if engine == "vllm":
         from lm.vllm_engine import generate_with_vllm
@@ -330,12 +363,10 @@ def respond(engine: str, model_path: str, adapter: Path | None, load_in: str,
     return generate(model, tokenizer, prompts, token_budget=batch_tokens, **sampling)
 
 
-def ask(server: "Server", prompts: "dict[int, Prompt]", lines: list[Record],
-        sampling: dict) -> "Iterator[tuple[int, Response]]":
-    """The same from a server; the requests and dollars that this output took so far count."""
-    from lm.server import generate_on
-
-    server.budget.go_on_from(lines)
+def ask(server: "Server", sampling: dict,
+        prompts: "dict[int, Prompt]") -> "Iterator[tuple[int, Response]]":
+    """The same from a server; tells first what it will cost."""
+    print(server.estimate(requests_of(prompts, **sampling)))
     return generate_on(server, prompts, **sampling)
 
 
@@ -347,38 +378,61 @@ def answers(records: list[Record], texts: list[str], generator: str) -> list[Rec
             for record, text in zip(records, texts, strict=True)]
 
 
-def note(bar: "tqdm", contents: Sequence[str], file: IO[str], server: "Server | None") -> None:
-    """Append each (index, response) under a progress bar to the journal as it comes."""
-    for index, response in bar:
-        append(file, {"index": index, "content": contents[index],
-                      "output": response.text.strip(), "finish_reason": response.finish_reason,
-                      **(server.budget.spent() if server else {})})
-        if server:
-            bar.set_postfix_str(f"${server.budget.cost:.2f}")
+def note(bar: "tqdm", contents: Sequence[str], file: IO[str],
+         server: "Server | None") -> RequestsFailed | None:
+    """Append each (index, response) under a progress bar to the journal as it comes.
+
+    Returns what a server says at the end of single requests that failed.
+    """
+    try:
+        for index, response in bar:
+            append(file, {"index": index, "content": contents[index],
+                          "output": response.text.strip(),
+                          **({"ids": list(response.token_ids)} if response.token_ids else {}),
+                          "finish_reason": response.finish_reason,
+                          **(server.budget.spent() if server else {})})
+            if server:
+                bar.set_postfix_str(f"${server.budget.cost:.2f}")
+    except RequestsFailed as error:
+        return error
+    return None
+
+
+def tell_failed(failure: RequestsFailed, output: Path, failed: int, total: int,
+                max_failed: float) -> None:
+    """Stop if too many prompts have no response, or all; else say that the output lacks them."""
+    if failed > max_failed * total or failed == total:
+        raise failure
+    print(f"{output}: {failed} of {total} prompts are left out: {failure}")
 
 
 @contextlib.contextmanager
 def noting_costs(file: IO[str], server: "Server | None") -> Iterator[None]:
     """At the end, whatever it is, note what was spent: failed requests have no lines of their own.
 
-    The next run's budget counts it.
+    Nor have those that an interrupt gives up. The next run's budget counts it.
     """
     try:
         yield
     finally:
-        if server and (server.budget.cost or server.budget.max_requests):
-            append(file, server.budget.spent())
+        spent = server.budget.spent(under_way=True) if server else {}
+        if spent and (spent["cost"] or server.budget.max_requests):
+            append(file, spent)
 
 
 def write_output(output: Path, records: list[Record], settings: dict,
                  done: dict[int, Record]) -> None:
-    """The whole output, or none of it."""
-    texts = [done[index]["output"] for index in range(len(records))]
+    """The whole output, or none of it; without prompts whose requests failed.
+
+    Then it has no settings beside it, by which the next run would take it for finished.
+    """
+    texts = [line["output"] for line in done.values()]
     settings_file(output).unlink(missing_ok=True)  # of other prompts
-    write_json(output, answers(records, texts, settings["generator"]))
-    write_json(settings_file(output), settings)
+    write_json(output, answers([records[index] for index in done], texts, settings["generator"]))
+    if len(done) == len(records):
+        write_json(settings_file(output), settings)
     cut = sum(line["finish_reason"] == "length" for line in done.values())
-    print(f"{output}: {len(records)} responses, {cut} of them cut at max_new_tokens")
+    print(f"{output}: {len(done)} responses, {cut} of them cut at max_new_tokens")
 
 
 if __name__ == "__main__":

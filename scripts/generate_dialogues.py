@@ -9,7 +9,9 @@
 A question is a record `{question_id, category, turns, reference?}`, `turns` the list of what the
 user says; an answer is that record with `outputs`, the model's reply to each, and `generator`. Each
 reply goes to OUTPUT.responses.jsonl at once; after a stop, even a kill, the same command goes on
-where it was. A finished output is kept, with its settings beside it, and reused.
+where it was. A reply counts for the dialogue before it wherever that stands now: when some
+questions were added, removed or moved, only new ones are answered. A finished output is kept, with
+its settings beside it, and reused.
 
 In a dialogue the Alpaca template has its header once, then a block for each instruction and
 response, which ends with EOS. The paper has no such dialogues, so this is our choice. A server gets
@@ -18,6 +20,7 @@ no EOS, as only its tokenizer knows it: there, --template chat is better.
 Cost (estimates, not measured): MT-Bench's 160 replies of a 13B model, 5 minutes on one H100.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,13 +28,24 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lm.budget import BYTES_PER_TOKEN
 from lm.cli import run
-from lm.journal import append, digest, discard, open_journal
+from lm.journal import append, by_content, check_settings, digest, discard, open_journal
 from lm.models import load_tokenizer, precision
+from lm.processes import launched
 from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.replies import Request
 from lm.server import connect
 from lm.templates import load_template
-from scripts.generate import is_done, journal_file, noting_costs, settings_file
+from scripts.generate import (
+    bound,
+    is_done,
+    journal_file,
+    noting_costs,
+    read_settings,
+    refuse_same,
+    settings_file,
+)
 from scripts.self_reject import model_settings
 
 if TYPE_CHECKING:
@@ -90,6 +104,9 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
     from self_judge.base import find_base
 
     flags = locals()
+    launched(alone="generate_dialogues.py")
+    output = Path(output_path)
+    refuse_same(output, data_path)
     questions = read_questions(data_path, limit)
     text = template_text(template)
     if base_url and (peft_model_path or template.endswith(".jinja")):
@@ -107,16 +124,16 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
                 "template": text, "questions": digest(questions), "seed": seed,
                 "max_new_tokens": max_new_tokens, "temperature": temperature,
                 "generator": generator or name.resolve().name}
-    output = Path(output_path)
-    if overwrite:
-        discard(journal_file(output))
-        settings_file(output).unlink(missing_ok=True)
-    elif is_done(output, settings):
+    if not overwrite and is_done(output, settings):
         print(f"{output}: already there, made with the same settings; --overwrite makes it anew")
         return
-    replies = answer(questions, settings, output, lambda: (
-        on_server(server, text) if server else in_process(base, load_in, text, batch_tokens)),
-        server)
+    start = functools.cache(lambda: (
+        on_server(server, text) if server else in_process(base, load_in, text, batch_tokens)))
+    if overwrite:
+        start()  # before anything is lost: there may be no such model
+        discard(journal_file(output))
+        settings_file(output).unlink(missing_ok=True)
+    replies = answer(questions, settings, output, start, server)
     write_answers(output, questions, replies, settings)
 
 
@@ -158,28 +175,74 @@ def answer(questions: list[Record], settings: dict, output: Path, start: Callabl
     """The lines of the journal by (question, turn), those missing made by a started engine."""
     from tqdm import tqdm
 
-    file, lines = open_journal(journal_file(output), settings)
-    done = {(line["index"], line["turn"]): line for line in lines if "index" in line}
-    if done:
-        print(f"{output}: going on after {len(done)} finished replies")
-    if server:
-        server.budget.go_on_from(lines)
-    total = sum(len(question["turns"]) for question in questions)
-    with (file, noting_costs(file, server),
-          tqdm(total=total, initial=len(done), unit="reply") as bar):
-        engine = start() if len(done) < total else None
-        for turn, temperature, group in steps(questions, settings["temperature"], done):
-            dialogues = {index: dialogue(questions[index], done, index, turn) for index in group}
-            for index, response in engine(dialogues, temperature=temperature,
-                                          max_new_tokens=settings["max_new_tokens"],
-                                          seed=f"{settings['seed']} turn {turn}"):
-                done[index, turn] = {
-                    "index": index, "turn": turn, "output": response.text.strip(),
-                    "finish_reason": response.finish_reason,
-                    **(server.budget.spent() if server else {})}
-                append(file, done[index, turn])
+    file, lines = open_journal(journal_file(output), bound(settings))
+    with file:
+        done = finished(questions, settings["temperature"], lines)
+        if not done and settings_file(output).exists():  # all questions are others: a mistake?
+            check_settings(output, read_settings(output), settings)
+        if done:
+            print(f"{output}: going on after {len(done)} finished replies")
+        total = sum(len(question["turns"]) for question in questions)
+        if len(done) == total:
+            return done
+        if server:
+            server.budget.go_on_from(lines)
+            print(server.estimate(requests_of(questions, settings, done)))
+        with (noting_costs(file, server),
+              tqdm(total=total, initial=len(done), unit="reply") as bar):
+            for place, line in replies_of(start(), questions, settings, done):
+                done[place] = line | (server.budget.spent() if server else {})
+                append(file, done[place])
                 bar.update()
+                if server:
+                    bar.set_postfix_str(f"${server.budget.cost:.2f}")
     return done
+
+
+def replies_of(engine: "Engine", questions: list[Record], settings: dict,
+               done: Mapping[tuple[int, int], Record]
+               ) -> Iterator[tuple[tuple[int, int], Record]]:
+    """((question, turn), line) of each reply that is missing; the caller adds them to `done`."""
+    for turn, temperature, group in steps(questions, settings["temperature"], done):
+        dialogues = {index: dialogue(questions[index], done, index, turn) for index in group}
+        for index, response in engine(dialogues, temperature=temperature,
+                                      max_new_tokens=settings["max_new_tokens"],
+                                      seed=f"{settings['seed']} turn {turn}"):
+            yield (index, turn), {
+                "index": index, "turn": turn, "content": digest([dialogues[index], temperature]),
+                "output": response.text.strip(), "finish_reason": response.finish_reason}
+
+
+def finished(questions: list[Record], temperature: float,
+             lines: list[Record]) -> dict[tuple[int, int], Record]:
+    """A journal's replies to what these questions say, by (question, turn).
+
+    What a later turn says includes the replies before it, so turns are looked up in their order.
+    """
+    done: dict[tuple[int, int], Record] = {}
+    replies = [line for line in lines if "index" in line]
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        contents = [digest([dialogue(question, done, index, turn),
+                            temperature_of(question, temperature)])
+                    if turn < len(question["turns"]) and (not turn or (index, turn - 1) in done)
+                    else "" for index, question in enumerate(questions)]
+        done |= {(index, turn): line for index, line in by_content(replies, contents).items()}
+    return done
+
+
+def requests_of(questions: list[Record], settings: dict,
+                done: Mapping[tuple[int, int], Record]) -> dict[int, Request]:
+    """What is still to be asked, for an estimate; replies in between are as long as they may be."""
+    most = settings["max_new_tokens"]
+    longest = {"output": "." * (BYTES_PER_TOKEN * most)}
+    every = [(index, turn) for index, question in enumerate(questions)
+             for turn in range(len(question["turns"]))]
+    said = dict.fromkeys(every, longest) | done
+    left = [dialogue(questions[index], said, index, turn) for index, turn in every
+            if (index, turn) not in done]
+    text = settings["template"]
+    return {place: Request(messages if text == "chat" else write(text, messages), most, seed=place)
+            for place, messages in enumerate(left)}
 
 
 def steps(questions: list[Record], temperature: float,
@@ -192,10 +255,14 @@ def steps(questions: list[Record], temperature: float,
         groups: dict[float, list[int]] = {}
         for index, question in enumerate(questions):
             if turn < len(question["turns"]) and (index, turn) not in done:
-                own = TEMPERATURES.get(question["category"], 0.7)
-                groups.setdefault(own if temperature < 0 else temperature, []).append(index)
+                groups.setdefault(temperature_of(question, temperature), []).append(index)
         for value in sorted(groups):
             yield turn, value, groups[value]
+
+
+def temperature_of(question: Record, temperature: float) -> float:
+    """The given one, or below 0 that of the question's category."""
+    return temperature if temperature >= 0 else TEMPERATURES.get(question["category"], 0.7)
 
 
 def dialogue(question: Record, done: Mapping[tuple[int, int], Record], index: int,
@@ -210,10 +277,12 @@ def dialogue(question: Record, done: Mapping[tuple[int, int], Record], index: in
 
 def in_process(base: "Base", load_in: str, text: str, batch_tokens: int) -> "Engine":
     """A model that is loaded here, adapters merged."""
-    from lm.generation import generate
+    from lm.generation import generate, ids_of
     from self_judge.base import load_base
 
     tokenizer = load_tokenizer(base.model)
+    if text == "chat":
+        ids_of(tokenizer, [{"role": "user", "content": "."}])  # stops where it has no template
     model = load_base(base, precision(load_in))
 
     def reply(dialogues: Mapping[int, list["Message"]], **sampling) -> Iterator:
@@ -248,13 +317,13 @@ def write(chat_template: str, messages: list["Message"], **tokens: str) -> str:
 
 def write_answers(output: Path, questions: list[Record], replies: dict[tuple[int, int], Record],
                   settings: dict) -> None:
-    """The whole output, or none of it; only then does the journal go."""
+    """The whole output, or none of it."""
+    settings_file(output).unlink(missing_ok=True)  # of other questions
     write_json(output, [
         {**question, "outputs": [replies[index, turn]["output"]
                                  for turn in range(len(question["turns"]))],
          "generator": settings["generator"]} for index, question in enumerate(questions)])
     write_json(settings_file(output), settings)
-    journal_file(output).unlink()
     cut = sum(line["finish_reason"] == "length" for line in replies.values())
     print(f"{output}: {len(replies)} replies to {len(questions)} questions, {cut} of them cut at "
           "max_new_tokens")

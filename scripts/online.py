@@ -24,12 +24,13 @@ could say something else); and it stops at a win rate of which too many pairs ar
 (max_undecided of evaluate_alpaca.py).
 """
 
+import contextlib
 import difflib
 import inspect
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetune_unlikelihood
 from cut.online import in_order
 from lm.cli import run, typed
+from lm.judges import check_constraints
 from lm.models import resolve_model
 from lm.records import (
     InputError,
@@ -48,6 +50,7 @@ from lm.records import (
     write_json,
 )
 from lm.runs import describe_run
+from lm.server import check_judge
 from lm.stages import locked, refuse_changes
 from scripts import annotate, evaluate_alpaca, generate, online_stages, plot_online
 from scripts.online_stages import SHARES, bound
@@ -58,15 +61,14 @@ PAPER = ("batch_size=8 micro_batch_size=1 learning_rate=4e-4 cutoff_len=2048 war
 COMMANDS = {
     "generate": (generate.main, {"base_model_name_or_path", "template", "data_path", "output_path",
                                  "peft_model_path", "generator", "max_new_tokens", "temperature",
-                                 "seed", "limit", "overwrite", "base_url"}),
+                                 "seed", "limit", "overwrite", "base_url", "max_failed"}),
     "judge": (annotate.main, {"data_path", "output_path", "other_path", "judge", "model", "limit",
                               "max_failed", "overwrite"}),
     "train": (finetune_unlikelihood.main, {"base_model", "data_path", "output_dir", "debug",
                                            "prompt_template_name", "full_finetune", "dry_run",
                                            "resume_from_checkpoint", "visualize"}),
     "evaluate": (evaluate_alpaca.main, {"model_outputs", "annotations", "annotator", "output_dir",
-                                        "limit"})}
-JUDGES = ("server", "local", "rules", "human")  # jsft compares two responses
+                                        "limit", "dry_run"})}
 BOUND = ("model", "per_round", "samples", "temperature", "max_new_tokens", "template", "judge",
          "judge_model", "eval_prompts", "annotator", "seed")
 LEAST = {"rounds": 1, "per_round": 1, "samples": 1, "gpus": 1, "repeats": 0, "temperature": 0,
@@ -96,8 +98,9 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         temperature: of the responses; 0 is greedy, as in the paper. Evaluation always is.
         max_new_tokens: longest response, in evaluation too.
         template: prompt template of responses, training and evaluation.
-        judge: server|local|rules|human, as in scripts/annotate.py.
-        judge_model: what the server calls the judge; or the folder of a local one.
+        judge: server|local|jsft|rules|human, as in scripts/annotate.py. jsft compares each
+            response with the next one to the same instruction, so it needs two --samples or more.
+        judge_model: what the server calls the judge; or the folder of a local or JSFT one.
         gpus: processes that generate, judge where the judge is local, and train, by torchrun if
             there is more than one.
         eval_prompts: prompts to evaluate on, by default AlpacaEval's. With `constraints` the score
@@ -107,8 +110,9 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         max_failed: largest share of failed judgments.
         min_positive: smallest share of positive ones among the others.
         max_positive: largest share of positive ones.
-        repeats: so many judgments of a round are asked for twice; 0 is none. Not of a human, nor
-            where all would come out alike: of the rules, and of a local judge at temperature 0.
+        repeats: so many judgments of a round are asked for twice; 0 is none. Not of a human or of
+            jsft, nor where all would come out alike: of the rules, and of a local judge at
+            temperature 0.
         min_agreement: smallest share of them that must come out alike, positive or negative.
         generate_settings: further flags of scripts/generate.py.
         judge_settings: further flags of scripts/annotate.py.
@@ -119,9 +123,12 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
         seed: draws the instructions, the samples, and the judgments that are asked for twice.
     """
     settings = SimpleNamespace(**locals())
+    settings.folder = Path(output_dir)
     check(settings)
     pool = load_pool(settings)
-    settings.folder = Path(output_dir)
+    if not finished(settings):
+        check_training(settings)
+        check_judging(settings)
     with locked(settings.folder) as settings.lock:
         record = open_record(settings)
         done: list[Record] = []
@@ -168,29 +175,62 @@ def check(settings: SimpleNamespace) -> None:
     if settings.samples > 1 and not settings.temperature:
         raise InputError(f"--samples {settings.samples} with --temperature 0 would all be the "
                          "same; give a --temperature, such as 0.7")
-    if settings.judge not in JUDGES:
-        raise InputError(f"--judge {settings.judge!r}: expected one of {', '.join(JUDGES)}")
-    if settings.judge in ("server", "local") and not settings.judge_model:
+    if settings.judge not in annotate.JUDGES:
+        raise InputError(f"--judge {settings.judge!r}: expected one of "
+                         f"{', '.join(annotate.JUDGES)}")
+    if settings.judge in annotate.MODEL_IS and not settings.judge_model:
         raise InputError(f"--judge {settings.judge} needs --judge_model")
+    if settings.judge == "jsft" and settings.samples < 2:
+        raise InputError("--judge jsft compares two responses to an instruction; give --samples 2")
     resolve_model(settings.model)
     settings.flags = {name: read_settings(name, getattr(settings, f"{name}_settings"))
                       for name in COMMANDS}
     settings.flags["train"] = read_settings("train", PAPER) | settings.flags["train"]
-    check_training(settings)
+
+
+def finished(settings: SimpleNamespace) -> bool:
+    """Whether the last round is done, so that there is nothing to do but to show it."""
+    return (online_stages.folder_of(settings, settings.rounds) / "manifests/evaluate.json").exists()
 
 
 def check_training(settings: SimpleNamespace) -> None:
     """Stop at what no round could be trained with, before its judgments are paid for."""
     from cut import finetune
 
-    flags = {name: flag.default for name, flag in
-             inspect.signature(finetune_unlikelihood.main).parameters.items()}
-    flags |= typed(finetune_unlikelihood.main, settings.flags["train"])
-    files = {"base_model": settings.model, "data_path": "judged.json", "output_dir": "adapter"}
+    with told_of("train"):
+        finetune.check(all_flags(settings, "train", base_model=settings.model,
+                                 data_path="judged.json", output_dir="adapter"), settings.gpus)
+
+
+def check_judging(settings: SimpleNamespace) -> None:
+    """Stop at a judge or an annotator that cannot be asked, before a GPU has answered for it."""
+    with told_of("judge"):
+        flags = all_flags(settings, "judge", data_path="responses.json", output_path="judged.json",
+                          other_path="others.json", judge=settings.judge,
+                          model=settings.judge_model)
+        annotate.check(SimpleNamespace(**flags))
+        if settings.judge == "server":
+            check_judge(settings.judge_model, flags["base_url"], flags | {"cache": ""})
+    if settings.annotator and not settings.constrained:
+        with told_of("evaluate"):
+            evaluate_alpaca.main(**all_flags(settings, "evaluate", model_outputs="answers.json",
+                                             annotator=settings.annotator, dry_run=True))
+
+
+def all_flags(settings: SimpleNamespace, name: str, **given: object) -> dict[str, object]:
+    """What a command of COMMANDS would get: its defaults, the text of settings, what is given."""
+    command, _ = COMMANDS[name]
+    defaults = {flag.name: flag.default for flag in inspect.signature(command).parameters.values()}
+    return defaults | typed(command, settings.flags[name]) | given
+
+
+@contextlib.contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """Errors begin with the flag whose text is wrong."""
     try:
-        finetune.check(flags | files, settings.gpus)
+        yield
     except InputError as error:
-        raise InputError(f"--train_settings: {error}") from error
+        raise InputError(f"--{name}_settings: {error}") from error
 
 
 def read_settings(name: str, text: str) -> dict[str, str]:
@@ -205,10 +245,8 @@ def read_settings(name: str, text: str) -> dict[str, str]:
             raise InputError(f"--{name}_settings: {word!r} cannot be set there; expected words "
                              f"like {nearest}=VALUE")
         found[flag] = value
-    try:
+    with told_of(name):
         typed(command, found)
-    except InputError as error:
-        raise InputError(f"--{name}_settings: {error}") from error
     return found
 
 
@@ -224,6 +262,10 @@ def load_pool(settings: SimpleNamespace) -> list[Record]:
         check_fields(prompts, settings.eval_prompts, {"instruction": (str,)},
                      {"input": (str, NoneType)})
     settings.constrained = bool(prompts) and all("constraints" in record for record in prompts)
+    if settings.constrained:
+        check_constraints(prompts, settings.eval_prompts)
+    if settings.judge == "rules":
+        check_constraints(records, settings.instructions)
     pool = in_order(records, prompts, settings.seed)
     wanted = settings.rounds * settings.per_round
     if len(pool) < wanted:

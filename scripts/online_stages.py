@@ -22,7 +22,7 @@ from lm.journal import digest
 from lm.models import resolve_model
 from lm.records import InputError, Record, read_records, write_json, write_lines
 from lm.runs import REPOSITORY
-from lm.server import FLAGS
+from lm.server import FLAGS, paid
 from lm.stages import done_once
 from lm.templates import load_template
 from scripts import annotate
@@ -111,10 +111,13 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     if settings.judge in ("server", "local"):
         prompt = annotate.judge_prompt(settings.judge, flags.get("template", ""))
         bound_to["template_text"] = digest(vars(prompt))
-    if settings.judge == "local":
-        inputs["judge_weights"] = resolve_model(settings.judge_model)
+    if settings.judge in annotate.IN_PROCESS:
+        inputs["judge_weights"] = (resolve_model if settings.judge == "local" else str)(
+            settings.judge_model)
 
     def work() -> dict:
+        if settings.judge == "jsft":
+            flags["other_path"] = write_others(responses, settings.samples)
         counts = ask(settings, responses, judged, flags)
         stop_if_bad(settings, number, counts)
         if settings.repeats and may_differ(settings):
@@ -124,6 +127,15 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
 
     return stage(settings, number, "annotate", inputs, flags | bound_to,
                  {"judgments": judged}, work)
+
+
+def write_others(responses: Path, samples: int) -> Path:
+    """For each response the next one to the same instruction, after the last the first."""
+    records = read_records(responses)
+    groups = [records[begin:begin + samples] for begin in range(0, len(records), samples)]
+    path = responses.with_name("others.json")
+    write_json(path, [record for group in groups for record in group[1:] + group[:1]])
+    return path
 
 
 def ask(settings: SimpleNamespace, responses: Path, output: Path, flags: Mapping) -> dict:
@@ -259,7 +271,7 @@ def by_constraints(settings: SimpleNamespace, number: int, answers: Path) -> dic
 def by_comparison(settings: SimpleNamespace, answers: Path) -> dict:
     """AlpacaEval's win rate with its 95 % interval, and what all runs paid for it."""
     folder = answers.with_name("alpaca_eval")
-    before = paid(folder / "cache")  # by a run that was stopped
+    _, before = paid(folder / "cache")  # by a run that was stopped
     execute(settings, "scripts/evaluate_alpaca.py", model_outputs=answers, output_dir=folder,
             annotator=settings.annotator, **settings.flags["evaluate"])
     told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -267,16 +279,6 @@ def by_comparison(settings: SimpleNamespace, answers: Path) -> dict:
     return {"measure": "AlpacaEval win rate, %", "score": rate, "low": rate - margin,
             "high": rate + margin, "undecided": told["n_undecided"],
             "cost": before + told["cost_of_this_run"]}
-
-
-def paid(cache: Path) -> float:
-    """Dollars for the replies in a server's cache; lost and unreadable ones are not kept there."""
-    import diskcache
-
-    if not cache.is_dir():
-        return 0.0
-    with diskcache.Cache(cache, disk=diskcache.JSONDisk, eviction_policy="none") as kept:
-        return sum(kept[key]["cost"] for key in kept)
 
 
 def execute(settings: SimpleNamespace, script: str, processes: int = 1, may_fail: bool = False,

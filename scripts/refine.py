@@ -8,7 +8,7 @@ Writes the records with the refinement in field `i_ans`; those that have one, or
 satisfactory, stay as they are. One that was cut at --max_new_tokens is left blank: to learn from it
 would be to learn to stop there. The responses are made by scripts/generate.py, beside the output: a
 killed run goes on, a finished one is not made again, torchrun shares the work, and --base_url asks
-a server.
+a server; what it will cost at most is told first.
 """
 
 import os
@@ -28,6 +28,7 @@ from lm.records import (
     write_json,
     write_lines,
 )
+from lm.server import FLAGS
 from scripts import generate
 
 HEADING = "\n### "
@@ -38,7 +39,9 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
          template: str = "refine", peft_model_path: str = "",
          max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
          batch_tokens: int = 16384, load_in: str = "auto", overwrite: bool = False,
-         base_url: str = "", max_cost: float = 0.0) -> None:
+         base_url: str = "", concurrency: int = 8, requests_per_minute: float = 0.0,
+         timeout: float = 600.0, attempts: int = 8, max_requests: int = 0, max_cost: float = 0.0,
+         price_in: float = -1.0, price_out: float = -1.0, cache: str = "") -> None:
     """Add a refinement to each record with a negative judgment.
 
     Args:
@@ -57,8 +60,17 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
         load_in: 8bit|4bit|bf16|fp16|fp32|checkpoint; auto is checkpoint on CUDA, fp32 on the CPU.
         overwrite: Refine again even if refinements are there.
         base_url: Ask the OpenAI-compatible server at this address, key in OPENAI_API_KEY.
-        max_cost: Stop before so many dollars are exceeded; 0 is no limit.
+        concurrency: Requests under way at a time.
+        requests_per_minute: Send no more than that; 0 is no limit.
+        timeout: Seconds to wait for a refinement before asking again.
+        attempts: Of each request, before it has failed.
+        max_requests: Stop after so many, earlier runs for this output included; 0 is no limit.
+        max_cost: Stop before so many dollars are exceeded, counted alike; 0 is no limit.
+        price_in: Dollars per million prompt tokens, where configs/prices.yaml does not know them.
+        price_out: The same for new tokens.
+        cache: Folder that keeps the server's refinements for other runs; empty is none.
     """
+    of_server = {name: value for name, value in locals().items() if name in FLAGS}
     check_output(output_path, data_path)
     records = read_records(data_path)
     wanted = to_refine(records, data_path)
@@ -75,7 +87,7 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
             output_path=str(refinements), peft_model_path=peft_model_path,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
             batch_tokens=batch_tokens, load_in=load_in, overwrite=overwrite, base_url=base_url,
-            max_cost=max_cost)
+            **of_server)
         if os.environ.get("RANK", "0") != "0":  # the first process writes
             return
         answers = [answer["output"] for answer in read_records(str(refinements))]
@@ -92,8 +104,7 @@ def check_output(output_path: str, data_path: str) -> None:
     output = Path(output_path)
     if output.suffix != ".jsonl":
         raise InputError(f"--output_path {output_path!r}: expected a .jsonl file")
-    if output.resolve() == Path(data_path).resolve():
-        raise InputError("--output_path is --data_path; choose another, so that both are kept")
+    generate.refuse_same(output, data_path)
     output.parent.mkdir(parents=True, exist_ok=True)
 
 

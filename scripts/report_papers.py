@@ -1,5 +1,7 @@
 """The papers' tables of scripts/report.py, with ours beside their figures."""
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +116,36 @@ def our_figure(root: Path, row: Record, measure: Measure) -> str | None:
 def commands_for(root: Path, row: Record, measures: Sequence[Measure],
                  ours: Sequence[str | None]) -> Iterator[str]:
     """The recipe, unless what it makes is there, and what measures each missing number."""
-    model = row.get("model", f"{root}/{row['run']}/model")
-    names = {"folder": root, "model": model, "run": row["run"],
+    folder = shlex.quote(str(root))
+    model = below(root, row.get("model", f"runs/{row['run']}/model"))
+    names = {"folder": folder, "model": model, "run": row["run"],
              "name": row["run"].replace("/", "-"),
              "generate": f"GENERATE='{row['generate']}' " if "generate" in row else ""}
     missing = [measure for measure, mine in zip(measures, ours, strict=True) if mine is None]
-    made = [any(Path(model).glob("*.safetensors")), *(
-        bool(measure.command) and Path(measure.answers.format(**names)).exists()
+    made = [any(Path(*shlex.split(model)).glob("*.safetensors")), *(
+        bool(measure.command) and Path(*shlex.split(measure.answers.format(**names))).exists()
         for measure in missing)]
     if "recipe" in row and not all(made):
-        yield row["recipe"]
+        yield recipe_below(root, row)
     commands = [measure.command.format(**names) for measure in missing if measure.command]
     commands = [command for command in commands if f"SFT={model} " not in command]  # with itself
     yield from (command for command in commands  # one may do what another does, and more
                 if not any(other.endswith(f" {command}") for other in commands))
+
+
+def recipe_below(root: Path, row: Record) -> str:
+    """The row's recipe; where the report's folder is not runs, with that one for its outputs.
+
+    A recipe that names no folder of its own writes to runs/RUN by default.
+    """
+    recipe = below(root, row["recipe"])
+    if root == Path("runs") or re.search("OUT=|ROUNDS=runs/", row["recipe"]):
+        return recipe
+    of_rounds = "cut_online_iter.sh" in recipe  # it writes to ROUNDS/round1, as row['run'] says
+    variable, run = ("ROUNDS", Path(row["run"]).parent) if of_rounds else ("OUT", row["run"])
+    return f"{variable}={below(root, f'runs/{run}')} {recipe}"
+
+
+def below(root: Path, text: str) -> str:
+    """A command or a path with the report's folder, ready to be typed, in the place of runs/."""
+    return re.sub(r"(?<![\w/.-])runs/", lambda _: f"{shlex.quote(str(root))}/", text)

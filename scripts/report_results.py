@@ -1,10 +1,12 @@
 """The tables of scripts/report.py with all results that were found, as Markdown."""
 
+import functools
 import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lm.records import InputError, Record
 from lm.terminal import printable
@@ -18,7 +20,8 @@ NEEDED = {  # in files that do not begin with `benchmark`; other programs have s
                    "cost"),
     "online": ("rounds",),
     "training": ("status", "data.path")}
-WHOLE = {"alpaca_eval": 805, "mt_bench": 160, "vicuna": 80}  # questions; fewer are told
+# Questions, and the records of the papers' test split; fewer are told
+WHOLE = {"alpaca_eval": 805, "mt_bench": 160, "vicuna": 80, "summarization": 1939}
 
 
 def found_tables(root: Path, files: Sequence[Path]) -> Iterator[str]:
@@ -204,11 +207,12 @@ def part(result: Record) -> str:
         return ""
     counted, lost = {
         "alpaca_eval": lambda: (result["n_total"], result["n_undecided"]),
+        "summarization": lambda: (result["records"] + result["without_reference"], 0),
         "mt_bench": lambda: (result["scores"]["all"]["all"]["count"], result["failed"]),
         "vicuna": lambda: (result["shares"]["win_rate"]["total"], result["undecided"])}[kind]()
     asked = counted + lost
     remarks = [f"{asked:.0f} of {WHOLE[kind]}"] if asked < WHOLE[kind] else []
-    if 100 * lost >= asked:
+    if lost and 100 * lost >= asked:
         remarks += [f"{100 * lost / asked:.0f} % undecided"]
     return f" ({', '.join(remarks)})" if remarks else ""
 
@@ -241,9 +245,23 @@ def interval(found: Record | None, scale: float = 1, key: str = "share",
             + (f" of {found['total']}" if total else ""))
 
 
+class Found(Record):
+    """An object of a results file; a field that it lacks is an error that names the file."""
+
+    def __init__(self, path: Path, pairs: Sequence[tuple[str, object]]):
+        super().__init__(pairs)
+        self._path = path
+
+    def __missing__(self, field: str) -> NoReturn:
+        raise InputError(f"{self._path}: field '{field}' is missing; delete the file, or make it "
+                         "anew")
+
+
 def read(path: Path) -> Record:
+    """What a JSON file holds; each object in it knows the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"),
+                          object_pairs_hook=functools.partial(Found, path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); delete it, or make it "
                          "anew") from error

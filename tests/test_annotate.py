@@ -271,6 +271,29 @@ def test_other_settings_are_not_mixed_and_foreign_files_are_kept(responses, quic
             annotate.main(**{**options, "output_path": options["data_path"]})
 
 
+def test_two_servers_are_not_mixed_wherever_their_address_stands(responses, quick, monkeypatch):
+    with FaultServer(answer=verdict) as one, FaultServer(answer=verdict) as two:
+        options = flags(one, responses, base_url="", max_requests=3)
+        monkeypatch.setenv("OPENAI_BASE_URL", one.url)
+        with pytest.raises(InputError, match="budget of 3 requests is spent"):
+            annotate.main(**options)
+        monkeypatch.setenv("OPENAI_BASE_URL", two.url)
+        with pytest.raises(InputError, match=f"base_url was '{one.url}', is '{two.url}'"):
+            annotate.main(**options)
+        assert not two.asked
+
+
+def test_what_would_stop_an_overwriting_run_does_so_before_a_loss(responses, quick, monkeypatch):
+    with FaultServer(answer=verdict) as server:
+        options = flags(server, responses)
+        assert exit_code(**options) == 0
+        journal = annotate.journal_file(Path(options["output_path"])).read_text()
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+            annotate.main(**{**options, "base_url": "", "overwrite": True})
+    assert annotate.journal_file(Path(options["output_path"])).read_text() == journal
+
+
 def test_an_overwritten_output_does_not_outlive_its_judgments(responses, quick):
     """All judgments of the second run fail; those of the first are not what is left to train on."""
     with FaultServer(answer=verdict) as server:
@@ -373,6 +396,9 @@ def test_only_models_in_the_process_are_launched_several_times(responses, tmp_pa
     ({"output_path": "out.csv"}, "expected a .json or .jsonl file"),
     ({"judge": "rules"}, "record 0: field 'constraints' is missing"),
     ({"max_failed": 2.0}, "a share between 0 and 1"),
+    ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 or more"),
+    ({"judge": "human", "sheet": "s.xlsx"}, "--sheet s.xlsx: expected a .csv or .jsonl file"),
+    ({"cache": __file__}, "test_annotate.py: cannot be used"),
     ({"limit": -1}, "must be 0"), ({"price_in": 2.0}, "belong together"),
     ({"base_url": "https://example.org/v1", "max_cost": 1.0, "model": "mine"}, "needs the price")])
 def test_bad_flags_are_one_line(change, message, responses, tmp_path):

@@ -173,6 +173,37 @@ def test_another_reference_needs_another_folder(files, tmp_path):
         assert len(server.asked) == 2
 
 
+def test_another_server_or_model_needs_another_folder(files, tmp_path, monkeypatch):
+    with FaultServer(answer=ranks) as server:
+        common = arguments(files, server, tmp_path, limit=2)
+        main(**common)
+        before = (tmp_path / "out" / "results.json").read_text()
+        monkeypatch.setenv("OPENAI_BASE_URL", "https://other.org/v1")
+        with pytest.raises(InputError, match=r"base_url was .* is 'https://other\.org/v1'"):
+            main(**{**common, "base_url": ""})
+        answers(tmp_path / "mine.json", ["BAD"] * 2, "yours")
+        with pytest.raises(InputError, match="model was 'mine', is 'yours'"):
+            main(**common)
+        assert (tmp_path / "out" / "results.json").read_text() == before
+        assert len(server.asked) == 2
+
+
+def test_a_budget_counts_earlier_runs(files, tmp_path, capsys):
+    """A request of 10 prompt tokens costs $1."""
+    with FaultServer(answer=ranks) as server:
+        common = arguments(files, server, tmp_path, concurrency=1, limit=4, price_in=1e5,
+                           price_out=0.0)
+        for _ in range(2):
+            with pytest.raises(InputError, match="budget of 2 requests"):
+                main(**common, max_requests=2)
+            assert len(server.asked) == 2
+        main(**common, max_requests=3)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["cost_of_this_run"] == pytest.approx(1)
+    told = capsys.readouterr()
+    assert told.out.endswith("this run: 1 requests, $1.0000\n") and "$3.00" in told.err
+
+
 def test_all_unreadable_is_one_clear_line(files, tmp_path):
     with (FaultServer(answer=lambda text: "No idea.") as server,
           pytest.raises(InputError, match="none of 2 judgments could be read")):
@@ -242,6 +273,8 @@ def test_reference_may_be_a_file_of_annotations(files, tmp_path):
         main(**arguments((files[0], published), server, tmp_path, limit=1))
     (judged,) = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert (judged["output_1"], judged["output_2"], judged["preference"]) == ("BAD", "GOOD", 2)
+    with pytest.raises(InputError, match=r"published\.json: holds judgments.*--annotations"):
+        main(model_outputs=published, reference_outputs=files[1])
 
 
 @pytest.mark.parametrize(("flags", "message"), [

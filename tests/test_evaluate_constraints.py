@@ -136,6 +136,12 @@ def test_a_missing_answer_is_an_error(files, tmp_path):
     ({"instruction": "x", "constraints": []}, "record 1: field 'constraints' must be a list"),
     ({"instruction": "x", "constraints": [{"kind": "k"}]}, "record 1: field 'constraints'"),
     (PROMPTS[0], "record 1: field 'instruction' repeats"),
+    *(({"instruction": "x", "constraints": [{"kind": kind, "kwargs": kwargs}]},
+       f"record 1: field 'constraints': .*{told}.*; correct it") for kind, kwargs, told in (
+        ("no:kind", {}, "unknown constraint kind"),
+        ("length_constraints:number_words", {"num_words": "ten", "relation": "at least"}, "int"),
+        ("length_constraints:number_words", {"num_words": 9, "relation": "about"}, "about"),
+        ("keywords:forbidden_words", {"forbidden_words": ["(a"]}, "unterminated"))),
 ])
 def test_bad_prompts_are_named(tmp_path, record, message):
     with pytest.raises(InputError, match=message):

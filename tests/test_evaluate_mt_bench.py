@@ -15,9 +15,17 @@ import pytest
 from fault_server import FaultServer
 
 from lm.prompts import load_prompt
-from lm.records import InputError
+from lm.records import InputError, write_json
 from scripts import evaluate_vicuna, generate_dialogues
-from scripts.evaluate_mt_bench import FIELDS, main, mean, means, question, read_score
+from scripts.evaluate_mt_bench import (
+    FIELDS,
+    main,
+    mean,
+    means,
+    question,
+    read_score,
+    refuse_other_inputs,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = [
@@ -197,6 +205,67 @@ def test_results_of_other_inputs_are_not_replaced(flags, tmp_path):
         main(**{**flags, "answers": os.path.relpath(flags["answers"])}, base_url=server.url)
         main(**flags, base_url=server.url, references=str(references),
              output_dir=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("before", "now", "same"), [
+    ("https://api.openai.com/v1", "https://other.org/v1", False),
+    ("https://other.org/a/../v1", "https://other.org/v1", False),  # a URL is no path
+    ("https://other.org//v1", "https://other.org/v1", False),
+    ("http://localhost:8000/v1", "https://localhost.org/v1", False),
+    ("http://localhost:8000/v1", "http://127.0.0.1:9000/v1", True)])
+def test_another_server_needs_another_folder(before, now, same, tmp_path):
+    """But one on this machine has another port each time."""
+    write_json(tmp_path / "results.json", {"base_url": before})
+    if same:
+        refuse_other_inputs(tmp_path, {"base_url": now})
+    else:
+        with pytest.raises(InputError, match=f"base_url was '{before}', is '{now}'"):
+            refuse_other_inputs(tmp_path, {"base_url": now})
+
+
+def test_another_server_or_model_replaces_no_results(flags, tmp_path, monkeypatch):
+    """Changed answers of the same model do."""
+    results = tmp_path / "mt_bench/some_judge/results.json"
+    with FaultServer(answer=score) as server:
+        main(**flags, base_url=server.url)
+        before = results.read_text()
+        monkeypatch.setenv("OPENAI_BASE_URL", "https://other.org/v1")
+        with pytest.raises(InputError, match=r"base_url was .* is 'https://other\.org/v1'"):
+            main(**flags)
+        for generator, outputs in (("other", ["a", "b"]), ("mine", ["c", "d"])):
+            Path(flags["answers"]).write_text(json.dumps(
+                [{**record, "generator": generator, "outputs": outputs} for record in ANSWERS]))
+            if generator == "other":
+                with pytest.raises(InputError, match="model was 'mine', is 'other'"):
+                    main(**flags, base_url=server.url)
+                assert results.read_text() == before and len(server.asked) == 6
+        main(**flags, base_url=server.url)
+        assert len(server.asked) == 12
+
+
+def test_a_budget_counts_earlier_runs(flags, tmp_path, capsys):
+    """A request of 10 prompt tokens costs $1, at most $200 before it is known."""
+    with FaultServer(answer=score) as server:
+        common = {**flags, "base_url": server.url, "concurrency": 1, "price_in": 1e5,
+                  "price_out": 0.0}
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"budget of 2 requests .*--max_requests goes on"):
+                main(**common, max_requests=2)
+            assert len(server.asked) == 2
+        assert capsys.readouterr().out.count("this run: 2 requests, $2.0000\n") == 1
+        with pytest.raises(InputError, match=r"\$2\.0000 are spent.*higher --max_cost goes on"):
+            main(**common, max_cost=2.5)
+        assert len(server.asked) == 2
+        main(**common, max_requests=6)
+    assert json.loads((tmp_path / "mt_bench/some_judge/results.json").read_text())[
+        "cost_of_this_run"] == pytest.approx(4)
+    told = capsys.readouterr()
+    assert told.out.endswith("this run: 4 requests, $4.0000\n") and "$6.00" in told.err
+
+
+def test_a_judge_must_be_given_room(flags):
+    with pytest.raises(InputError, match="--max_new_tokens is 0; expected 1 or more"):
+        main(**flags, max_new_tokens=0, dry_run=True)
 
 
 def test_bad_input_is_one_line(flags, tmp_path, run_cli):

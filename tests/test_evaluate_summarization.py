@@ -4,6 +4,8 @@
 """
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from scripts.evaluate_summarization import (
     summary,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "scripts/evaluate_summarization.py"
 RECORDS = [  # found faulty and corrected; found good; found faulty, nobody corrected it
     {"instruction": "the cat sat on the mat\nWho sat?", "input": "", "output": "a dog",
@@ -119,6 +122,16 @@ def test_generation_included_and_done_once(run_warm, tiny_llama, data, tmp_path)
     again = run_warm(SCRIPT, *arguments)
     assert "already there" in again.stdout
     assert first.stdout.split("model ")[1] == again.stdout.split("model ")[1]
+
+
+def test_two_processes_share_the_generation_and_one_scores(tiny_llama, data, warm_venv, tmp_path):
+    result = subprocess.run(
+        [warm_venv / "bin/torchrun", "--standalone", "--nproc_per_node=2", SCRIPT,
+         "--data_path", data, "--base_model_name_or_path", tiny_llama, "--max_new_tokens", "4",
+         "--output", tmp_path / "rouge.json"], cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("ROUGE-Lsum") == 1
+    assert json.loads((tmp_path / "rouge.json").read_text())["records"] == 2
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

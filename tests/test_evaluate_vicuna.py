@@ -114,6 +114,41 @@ def test_another_baseline_needs_another_folder(flags, tmp_path):
     assert json.loads((tmp_path / "second/results.json").read_text())["baseline"] == "other"
 
 
+def test_another_server_or_model_needs_another_folder(flags, tmp_path):
+    with FaultServer(answer=verdict) as server:
+        main(**flags, base_url=server.url)
+        before = (tmp_path / "vicuna/judge/results.json").read_text()
+        with pytest.raises(InputError, match=r"base_url was .* is 'https://other\.org/v1'"):
+            main(**flags, base_url="https://other.org/v1")
+        write(tmp_path / "sft.json", "dpo", ["SFT"] * len(FATES))
+        with pytest.raises(InputError, match="baseline was 'sft', is 'dpo'"):
+            main(**flags, base_url=server.url)
+        write(tmp_path / "vicuna.json", "yours", ["MINE {x}"] * len(FATES))
+        with pytest.raises(InputError, match="model was 'mine', is 'yours'"):
+            main(**flags, base_url=server.url)
+        assert len(server.asked) == 12
+    assert (tmp_path / "vicuna/judge/results.json").read_text() == before
+
+
+def test_a_budget_counts_earlier_runs(flags, tmp_path, capsys):
+    with FaultServer(answer=verdict) as server:
+        common = {**flags, "base_url": server.url, "concurrency": 1, "price_in": 1e5,
+                  "price_out": 0.0}
+        for _ in range(2):
+            with pytest.raises(InputError, match="budget of 5 requests"):
+                main(**common, max_requests=5)
+        assert len(server.asked) == 5
+        main(**common, max_requests=12)
+    results = json.loads((tmp_path / "vicuna/judge/results.json").read_text())
+    assert results["cost_of_this_run"] == pytest.approx(7)
+    assert capsys.readouterr().out.endswith("this run: 7 requests, $7.0000\n")
+
+
+def test_a_judge_must_be_given_room(flags):
+    with pytest.raises(InputError, match="--max_new_tokens is -1; expected 1 or more"):
+        main(**flags, max_new_tokens=-1, dry_run=True)
+
+
 def test_numbers_of_questions_are_compared_as_text(flags, tmp_path):
     baseline = json.loads((tmp_path / "sft.json").read_text())
     (tmp_path / "sft.json").write_text(json.dumps(

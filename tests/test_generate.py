@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from fault_server import FaultServer
 
 import lm.generation
-from lm.journal import open_journal
+from lm.journal import append, open_journal
 from lm.models import add_lora, load_model
 from lm.processes import part_of, parts, share
 from lm.records import InputError, write_json
@@ -170,6 +171,100 @@ def test_the_budget_counts_failed_requests_of_earlier_runs_too(prompts, tmp_path
     assert [record["output"] for record in read(tmp_path / "out.json")] == ["perfect"] * 2
 
 
+def test_an_interrupt_notes_what_it_gives_up(prompts, tmp_path, monkeypatch):
+    """A request under way may be charged, though nobody waits for its reply."""
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(generate, "append",
+                        lambda file, line: stop() if "index" in line else append(file, line))
+    with FaultServer({"Name 1": ["hang"]}) as server, pytest.raises(KeyboardInterrupt):
+        generate.main("m", data_path=str(prompts), output_path=str(output), limit=2,
+                      max_new_tokens=100, base_url=server.url, price_in=1.0, price_out=1000.0)
+    assert json.loads(generate.journal_file(output).read_text().split("\n")[-2])["cost"] > 0.1
+
+
+def test_requests_that_fail_for_ever_are_left_out_up_to_a_share(prompts, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    flags = {"data_path": str(prompts), "output_path": str(output), "limit": 6}
+    with FaultServer({"Name 3": ["400!"]}) as server:
+        for share_of_failed in (0.0, 0.1):
+            with pytest.raises(InputError, match=r"1 of . requests failed .*asks only for those"):
+                generate.main("m", base_url=server.url, max_failed=share_of_failed, **flags)
+            assert not output.exists()
+        for _ in range(2):
+            capsys.readouterr()
+            generate.main("m", base_url=server.url, max_failed=0.2, **flags)
+            told = capsys.readouterr().out
+            assert "1 of 6 prompts are left out: 1 of 1 requests failed" in told
+            assert [record["id"] for record in read(output)] == ["p0", "p1", "p2", "p4", "p5"]
+        server.plan.clear()
+        generate.main("m", base_url=server.url, **flags)
+        assert len(read(output)) == 6 and len(server.asked) == 6 + 3 + 1
+        generate.main("m", base_url=server.url, **flags)
+        assert len(server.asked) == 10
+
+
+def test_a_share_of_failed_requests_covers_neither_all_of_them_nor_a_spent_budget(prompts,
+                                                                                  tmp_path):
+    flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), "limit": 3,
+             "max_failed": 1.0}
+    with FaultServer({"Name": ["400!"]}) as server:
+        with pytest.raises(InputError, match="3 of 3 requests failed"):
+            generate.main("m", base_url=server.url, max_requests=3, **flags)
+        server.plan.clear()
+        with pytest.raises(InputError, match="the budget of 5 requests is spent"):
+            generate.main("m", base_url=server.url, max_requests=5, **flags)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_cost_is_told_before_the_first_request(prompts, tmp_path, capsys):
+    """What the cache holds costs nothing: the requests told are those that are sent."""
+    flags = {"data_path": str(prompts), "cache": str(tmp_path / "cache"), "temperature": 1.0,
+             "max_new_tokens": 1000, "price_in": 10.0, "price_out": 30.0}
+    with FaultServer() as server:
+        for limit, said in ((4, "4 requests,"), (12, "8 requests,")):
+            generate.main("m", base_url=server.url, limit=limit,
+                          output_path=str(tmp_path / f"{limit}.json"), **flags)
+            told = capsys.readouterr().out
+            assert said in told and "at most $" in told.split("responses")[0]
+    assert "4 more are answered in the cache" in told and len(server.asked) == 12
+
+
+def test_overwrite_loses_nothing_to_an_error(tiny_llama, prompts, tmp_path, monkeypatch):
+    """No price, no model, a prompt that is too long: all are found before anything is deleted."""
+    output = tmp_path / "out.json"
+    flags = {"data_path": str(prompts), "output_path": str(output), "limit": 2}
+    with FaultServer() as server:
+        generate.main("m", base_url=server.url, **flags)
+    files = [output, generate.journal_file(output), generate.settings_file(output)]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    for model, change, message in (
+            ("m", {"base_url": "https://localhost.example/v1", "max_cost": 1.0}, "price of m"),
+            (str(tiny_llama), {"max_new_tokens": 5000}, "1024"),
+            (str(tiny_llama), {"template": "chat"}, "has no chat template")):
+        with pytest.raises(InputError, match=message):
+            generate.main(model, overwrite=True, **flags, **change)
+        assert [file.read_bytes() for file in files] == before
+
+
+def test_the_journal_has_the_token_ids(tiny_llama, prompts, tmp_path):
+    output = tmp_path / "out.json"
+    flags = {"data_path": str(prompts), "output_path": str(output), "max_new_tokens": 5}
+    generate.main(str(tiny_llama), **flags)
+    tokenizer = generate.load_tokenizer(str(tiny_llama))
+    settings, *lines = map(json.loads, generate.journal_file(output).read_text().splitlines())
+    for line in lines:
+        assert tokenizer.decode(line["ids"], skip_special_tokens=True).strip() == line["output"]
+        del line["ids"]
+    outputs = read(output)
+    output.unlink()  # now from a journal of before there were any
+    generate.settings_file(output).unlink()
+    generate.journal_file(output).write_text("".join(
+        json.dumps(line) + "\n" for line in (settings, *lines)))
+    generate.main(str(tiny_llama), **flags)
+    assert read(output) == outputs
+
+
 def test_journal_of_other_settings_is_an_error(tiny_llama, prompts, tmp_path):
     output = tmp_path / "out.json"
     generate.journal_file(output).write_text('{"seed": 5}\n{"index": 0, "output": "keep"}\n')
@@ -256,6 +351,17 @@ def test_weights_written_anew_are_another_model(tiny_llama, tmp_path):
     assert generate.fingerprint(tmp_path) != before
 
 
+def test_another_chat_template_is_other_settings(tiny_llama, prompts, tmp_path):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    flags = {"data_path": str(prompts), "output_path": str(tmp_path / "out.json"), "limit": 1,
+             "template": "chat", "max_new_tokens": 3}
+    generate.main(str(model), **flags)
+    (model / "chat_template.jinja").write_text("Say: {{ messages[0]['content'] }}")
+    with pytest.raises(InputError, match=r"weights was '.*--overwrite"):
+        generate.main(str(model), **flags)
+
+
 def test_adapter_answers_and_output_goes_beside_it(tiny_llama, prompts, tmp_path):
     torch.manual_seed(0)
     model = add_lora(load_model(str(tiny_llama)), 4, 64, 0.0, ["up_proj", "down_proj"])
@@ -282,6 +388,7 @@ def test_templates_are_texts_and_chat_is_a_message():
     ({"template": "alpaka"}, "alpaka: unknown template"),
     ({"data_path": "tatsu-lab/alpaca_eval"}, "cannot be fetched from the Hub .* --data_path"),
     ({"limit": -1}, "--limit is -1"),
+    ({"max_failed": 1.5}, r"--max_failed is 1\.5; expected a share"),
     ({"temperature": -1.0}, "temperature is -1"),
     ({"peft_model_path": "./none"}, "no such adapter"),
     ({"engine": "tgi"}, "--engine 'tgi': expected one of hf, vllm"),
@@ -294,6 +401,14 @@ def test_bad_input_is_one_line(change, message, tiny_llama, prompts, tmp_path):
         generate.main(str(tiny_llama), **flags)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_prompts_are_not_written_over(tiny_llama, prompts):
+    before = prompts.read_bytes()
+    with pytest.raises(InputError, match="--output_path is --data_path"):
+        generate.main(str(tiny_llama), data_path=str(prompts), overwrite=True,
+                      output_path=str(prompts.parent / "." / prompts.name))
+    assert prompts.read_bytes() == before
 
 
 def test_wrong_field_is_named(tiny_llama, tmp_path):

@@ -4,16 +4,25 @@
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from fault_server import FaultServer
 
 from lm.generation import generate
+from lm.journal import digest
 from lm.models import load_model, load_tokenizer
 from lm.records import InputError
 from lm.templates import load_template
 from scripts import generate_dialogues
-from scripts.generate_dialogues import main, read_questions, steps, template_text, write
+from scripts.generate_dialogues import (
+    finished,
+    main,
+    read_questions,
+    steps,
+    template_text,
+    write,
+)
 
 QUESTIONS = [
     {"question_id": 81, "category": "math", "turns": ["Add {one} and one.", "And one more?"],
@@ -110,6 +119,81 @@ def test_a_finished_output_is_kept_and_others_are_not_mixed_with_it(flags, capsy
     assert "already there" in capsys.readouterr().out
     with pytest.raises(InputError, match="max_new_tokens was 5, is 6"):
         main(**{**flags, "max_new_tokens": 6})
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0])
+def test_only_new_questions_are_answered_wherever_the_others_stand(flags, temperature):
+    """One added, one removed, the others moved: first after a stop, then after the end."""
+    new = {"question_id": 84, "category": "stem", "turns": ["Is it so?", "And why?"]}
+    first, second, third = QUESTIONS
+    flags |= {"base_model_name_or_path": "m", "temperature": temperature, "concurrency": 1}
+
+    def ask(*asked):
+        Path(flags["data_path"]).write_text("\n".join(map(json.dumps, asked)))
+        main(**flags, base_url=server.url)
+        return answers(flags)
+
+    with FaultServer({"And one more?": ["400!"]}, lambda text: f"{text[-40:]}!") as server:
+        with pytest.raises(InputError, match=r"1 of . requests failed"):
+            ask(*QUESTIONS)
+        server.plan.clear()
+        before = len(server.asked)
+        found = ask(new, third, first, second)
+        assert [answer["question_id"] for answer in found] == [84, 83, 81, 82]
+        left = len(server.asked) - before
+        assert left in (3, 4)  # two of the new one, one that failed, one perhaps not come to
+        again = ask(second, first)
+        assert again == [found[3], found[2]] and len(server.asked) == before + left
+        assert ask(first | {"turns": [first["turns"][0], "Else?"]})[0]["outputs"][0] == (
+            found[2]["outputs"][0])
+        assert len(server.asked) == before + left + 1
+
+
+def test_of_questions_that_are_there_twice_no_dialogue_takes_a_reply_of_the_other(flags):
+    """They meet at their first replies; what follows belongs to the one that it follows."""
+    lines = [{"index": index, "turn": turn, "output": f"{index} {turn}", "content": digest(
+        [messages("a", f"{index} 0", "b")[:2 * turn + 1], 0.7])}
+        for turn, index in ((0, 0), (0, 3), (1, 3))]
+    question = {"category": "generic", "turns": ["a", "b"]}
+    done = finished([question] * 3, -1.0, lines)
+    assert {place: line["output"] for place, line in done.items()} == {
+        (0, 0): "0 0", (1, 0): "3 0", (1, 1): "3 1"}
+    assert not finished([question], 0.0, lines)  # of another temperature
+
+
+def test_the_cost_is_told_before_the_first_request(flags, capsys):
+    flags |= {"base_model_name_or_path": "m", "max_new_tokens": 1000}
+    with FaultServer() as server:
+        main(**flags, base_url=server.url, price_in=10.0, price_out=30.0)
+    told = capsys.readouterr()
+    assert "5 requests, about 2" in told.out and "at most 5000 new ones, at most $0.1" in told.out
+    assert "$0.00" in told.err  # in the progress bar
+
+
+def test_overwrite_loses_nothing_to_an_error(flags, tiny_llama):
+    with FaultServer() as server:
+        main(**flags | {"base_model_name_or_path": "m"}, base_url=server.url)
+    folder = Path(flags["output_path"]).parent
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    assert len(before) == 3  # the journal too
+    for change, message in (({"base_model_name_or_path": "m", "max_cost": 1.0,
+                              "base_url": "http://localhost.example/v1"}, "price of m"),
+                            ({"template": "chat"}, "has no chat template")):
+        with pytest.raises(InputError, match=message):
+            main(**flags | change, overwrite=True)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_the_questions_are_not_written_over(flags):
+    with pytest.raises(InputError, match="--output_path is --data_path"):
+        main(**flags | {"output_path": flags["data_path"]}, overwrite=True)
+    assert len(read_questions(flags["data_path"], 0)) == 3
+
+
+def test_a_launcher_is_refused(flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without a launcher"):
+        main(**flags)
 
 
 def test_other_templates(flags, tiny_llama):

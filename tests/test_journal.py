@@ -1,5 +1,6 @@
 """Journals: what is finished stays, what is not does not. Run: pytest tests/test_journal.py -n0"""
 
+import errno
 
 import pytest
 
@@ -87,6 +88,18 @@ def test_one_run_at_a_time(tmp_path):
         open_journal(path, {"seed": 2})
     discard(path)  # what was refused holds no lock
     assert not path.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_keeps_nobody_out(code, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(lm.journal.fcntl, "flock", flock)
+    write(tmp_path / "j.jsonl", {"index": 0})
+    assert read_journal(tmp_path / "j.jsonl", {"seed": 1}) == [{"index": 0}]
+    discard(tmp_path / "j.jsonl")
+    assert not (tmp_path / "j.jsonl").exists()
 
 
 def lines(*found: tuple[str, int]) -> list[dict]:

@@ -3,6 +3,7 @@
     python -m pytest tests/test_objectives.py
 """
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from fault_server import FaultServer
 from training_runs import assert_one_line, in_this_process, losses, watched, write_records
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +36,7 @@ from cut.objectives import (
 )
 from cut.trainer import CutSettings, cut_losses
 from lm.records import InputError
+from lm.server import FLAGS
 from lm.templates import load_template, prompt_ids, response_ids
 from scripts import generate, refine
 
@@ -274,6 +277,24 @@ def test_refine_writes_over_nothing(output, message, tmp_path):
         refine.main, "--base_model_name_or_path=none", f"--data_path={data}",
         f"--output_path={tmp_path / output}"), message)
     assert data.read_bytes() == before and not (tmp_path / "refined.jsonl.gz").exists()
+
+
+def test_refine_takes_every_flag_of_a_server(tmp_path, monkeypatch, capsys):
+    """And tells the cost before it asks; a request that fails leaves no record unrefined."""
+    assert {*FLAGS} <= {*inspect.signature(refine.main).parameters}
+    todo = {**BAD, "i_ans": None}
+    data = write_records(tmp_path / "judged.jsonl", [GOOD, todo, {**todo, "judgment": "No."}])
+    flags = {"data_path": str(data), "output_path": str(tmp_path / "refined.jsonl"),
+             "max_cost": 1.0, "price_in": 10.0, "price_out": 30.0, "concurrency": 1}
+    with FaultServer({"No.": ["400!"]}) as server:
+        with pytest.raises(InputError, match="1 of 2 requests failed"):
+            refine.main("m", base_url=server.url, **flags)
+        assert "2 requests, about" in capsys.readouterr().out
+        server.plan.clear()
+        refine.main("m", base_url=server.url, **flags, max_requests=4)
+    records = map(json.loads, (tmp_path / "refined.jsonl").read_text().splitlines())
+    assert [record.get("i_ans") for record in records] == [
+        GOOD.get("i_ans"), "perfect", "perfect"]
 
 
 # --- DPO ------------------------------------------------------------------------------------

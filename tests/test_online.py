@@ -165,8 +165,8 @@ def test_finished_stages_are_skipped_and_a_used_model_may_be_gone(finished, sett
     shutil.rmtree(folder / "round1/model")
     (folder / "round2/answers.json").unlink()
     # What changes no result may change.
-    online.main(**settings | {"output_dir": str(folder), "gpus": 2, "max_positive": 0.9,
-                              "generate_settings": "batch_tokens=64"})
+    online.main(**settings | {"output_dir": str(folder), "gpus": 3, "max_positive": 0.9,
+                              "generate_settings": "batch_tokens=64"})  # 3 divides no batch of 2
     assert in_process == [] and manifests(folder) == manifests(finished)
     printed = capsys.readouterr().out
     assert printed.count(" is done\n") == 11 and printed.count(" is done; gone since: ") == 2
@@ -290,6 +290,11 @@ COUNTS = {"responses": 10, "failed": 0, "positive": 5, "negative": 5}
 def test_audit(change, found):
     bad = audit({**COUNTS, **change}, 0.1, 0.05, 0.95, 0.8)
     assert bad == [] if found is None else len(bad) == 1 and re.match(found, bad[0])
+
+
+def test_no_judgment_at_all_is_bad_whatever_may_fail():
+    none = {**COUNTS, "failed": 10, "positive": 0, "negative": 0}
+    assert audit(none, 1, 0, 1, 0) == ["none of 10 is judged"]
 
 
 def test_audit_stops_at_failed_or_one_sided_judgments_and_goes_on_with_good_ones(
@@ -447,6 +452,20 @@ def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_p
     assert counts["low"] <= counts["score"] <= counts["high"] and counts["undecided"] == 0
 
 
+def test_jsft_compares_each_response_with_the_next_to_the_same_instruction(settings, tmp_path,
+                                                                           monkeypatch):
+    flags = checked(settings, output_dir=str(tmp_path / "run"), judge="jsft", judge_model="org/m",
+                    samples=3)
+    said = []
+    monkeypatch.setattr(online_stages, "ask", lambda *given: said.append(given[-1]) or {**COUNTS})
+    folder = tmp_path / "run/round1"
+    write_json(folder / "responses.json", [{"output": text} for text in "abcdef"])
+    online_stages.judge(flags, 1)
+    assert said[0]["other_path"] == folder / "others.json"
+    others = read_records(folder / "others.json")
+    assert "".join(record["output"] for record in others) == "bcaefd"
+
+
 def test_the_weights_of_a_local_judge_are_an_input(settings, tiny_llama, tmp_path, monkeypatch):
     """A judge that was trained again is another judge, whatever its folder is called."""
     judge = shutil.copytree(tiny_llama, tmp_path / "judge")
@@ -475,8 +494,18 @@ def test_a_local_judge_takes_all_gpus_and_one_that_stopped_is_told(settings, tin
 @pytest.mark.parametrize(("change", "message"), [
     ({"rounds": 3}, "has 7 different instructions that are not evaluated on, but 3 rounds of 3"),
     ({"temperature": 0.0}, "--samples 2 with --temperature 0 would all be the same"),
-    ({"judge": "gpt"}, "--judge 'gpt': expected one of server, local, rules, human"),
+    ({"judge": "gpt"}, "--judge 'gpt': expected one of server, local, jsft, rules, human"),
     ({"judge": "server"}, "--judge server needs --judge_model"),
+    ({"judge": "server", "judge_model": "gpt-4"}, "--judge_settings: OPENAI_API_KEY is not set"),
+    ({"judge": "server", "judge_model": "m", "judge_settings": "base_url=http://h max_cost=1"},
+     "--judge_settings: --max_cost needs the price of m"),
+    ({"judge": "server", "judge_model": "m", "judge_settings": "template=nope"},
+     "--judge_settings: .*nope"),
+    ({"judge": "local", "judge_model": "./none"}, "--judge_settings: .*no such model folder"),
+    ({"judge": "jsft", "judge_model": "./none"}, "--judge_settings: "),
+    ({"judge": "jsft", "judge_model": "x", "samples": 1}, "--judge jsft compares two responses"),
+    ({"eval_prompts": "tatsu-lab/alpaca_eval", "annotator": "xx"},
+     "--evaluate_settings: --annotator: no configuration xx"),
     ({"model": "./none"}, "no such model folder"), ({"per_round": 0}, "expected 1 or more"),
     ({"max_failed": 2.0}, "expected a share"),
     ({"train_settings": "learning_rat=1"}, "words like learning_rate=VALUE"),
@@ -491,7 +520,8 @@ def test_a_local_judge_takes_all_gpus_and_one_that_stopped_is_told(settings, tin
     ({"train_settings": "objective=cutt"}, "--train_settings: "),
     ({"judge_settings": "max_cost"}, "words like max_cost=VALUE"),
     ({"instructions": "none.json"}, "none.json: no such file")])
-def test_bad_flags_are_one_line(change, message, settings, tmp_path, in_process):
+def test_bad_flags_are_one_line(change, message, settings, tmp_path, in_process, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match=message) as error:
         online.main(**settings | {"output_dir": str(tmp_path / "run"), **change})
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -3,8 +3,10 @@
     python -m pytest tests/test_report.py -n0
 """
 
+import os
 import re
 import shlex
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from scripts import (
     plot_training,
     report,
 )
-from scripts.report_papers import MEASURES, commands_for, paper_tables
+from scripts.report_papers import MEASURES, commands_for, paper_tables, recipe_below
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
@@ -123,8 +125,9 @@ def test_ours_stand_beside_the_papers_figures(page):
     """805 judgments, 202 lost: 603 / 805 = 74.91 %; ROUGE of a copy is 100."""
     assert row(page, "CUT") == ["60.84", "missing", "81.44", "missing", "55.78",
                                 "55.50 (first 10)", "49.33", "missing", "61.06", "74.91"]
-    assert row(page, "LLaMA2-13b + CUT") == ["45.39", "100.00", "28.40", "100.00", "39.84",
-                                             "100.00", "39.89", "100.00"]
+    copied = "100.00 (1 of 1939)"
+    assert row(page, "LLaMA2-13b + CUT") == ["45.39", copied, "28.40", copied, "39.84", copied,
+                                             "39.89", copied]
     assert row(page, "SELF-JUDGE") == ["44.88", "missing", "76.25", "50.00 (1 of 80)", "4.80",
                                        "6.00 (2 of 160)"]
     assert row(page, "plain") == ["80.50", "75.00"]
@@ -207,7 +210,7 @@ def test_the_commands_for_missing_numbers_exist(tmp_path):
         f"bash scripts/evaluate_alpaca.sh {model}" for run, model in (
             ("llama2-70b-chat", "meta-llama/Llama-2-70b-chat-hf"),
             ("cut-llama2-70b-chat", f"{tmp_path}/cut-llama2-70b-chat/model"))} | {
-        line["recipe"] for listed in TABLES for line in listed["rows"]
+        recipe_below(tmp_path, line) for listed in TABLES for line in listed["rows"]
         if "70b" in line.get("recipe", "")}
     for command in commands:
         words = [word for word in shlex.split(command) if "=" not in word]
@@ -216,10 +219,42 @@ def test_the_commands_for_missing_numbers_exist(tmp_path):
             _reject_unknown_flags(scripts[Path(words[1]).stem].main, words[2:])
 
 
+@pytest.mark.parametrize("line", [line for listed in TABLES for line in listed["rows"]
+                                  if "recipe" in line], ids=lambda line: line["name"])
+def test_recipes_make_what_is_measured_in_any_folder(line, tmp_path):
+    """The model, the answers that a command scores, and the judge's accuracy."""
+    root = tmp_path / "my runs"
+    measures = next(listed["measures"] for listed in TABLES if line in listed["rows"])
+    recipe, *commands = commands_for(root, line, [MEASURES[name] for name in measures],
+                                     [None] * len(measures))
+    shown = subprocess.run(["bash", "-c", recipe], cwd=ROOT, capture_output=True, text=True,
+                           check=True, env={**os.environ, "DRY_RUN": "1"}).stdout
+    steps = [shlex.split(step) for step in shown.splitlines()
+             if step.startswith(("python ", "torchrun ", "accelerate "))]
+    made = {word.rpartition("=")[2] for words in steps for word in words}
+    assert not {word for word in made if word.startswith("runs/")}
+    if not commands:
+        assert f"{root}/{line['run']}/judge.json" in made
+    for words in map(shlex.split, commands):
+        if "--model_outputs" in words:  # a tournament's have the number of samples in their names
+            answers = Path(words[words.index("--model_outputs") + 1])
+            assert any(word.startswith(f"{answers.parent}/") for word in made)
+            continue
+        after = words.index("--base_model_name_or_path") + 1 if words[0] == "python" else -1
+        model = Path(words[after])
+        assert model.is_relative_to(root)
+        assert {str(folder) for folder in (model, *model.parents) if folder != root} & made
+
+
+def test_the_folder_of_the_recipes_is_not_named_again():
+    assert {recipe_below(Path("runs"), line) == line["recipe"] for listed in TABLES
+            for line in listed["rows"] if "recipe" in line} == {True}
+
+
 def test_the_model_that_vicuna_eval_compares_with_is_made_by_a_recipe(tmp_path):
     """Before the rows that are compared with it."""
     lines = list(paper_tables(tmp_path))
-    recipes = {f"{tmp_path}/{row['run']}/{'model'}": row["recipe"] for listed in TABLES
+    recipes = {f"{tmp_path}/{row['run']}/model": recipe_below(tmp_path, row) for listed in TABLES
                for row in listed["rows"] if "recipe" in row and "model" not in row}
     baselines = {word.removeprefix("SFT="): place for place, line in reversed([*enumerate(lines)])
                  for word in line.split() if word.startswith("SFT=")}
@@ -229,13 +264,16 @@ def test_the_model_that_vicuna_eval_compares_with_is_made_by_a_recipe(tmp_path):
 
 def test_mt_bench_alone_asks_for_no_vicuna_eval(tmp_path):
     """VicunaEval's command does both; the model that it compares with needs none."""
-    dialogues = [line for line in paper_tables(tmp_path) if "evaluate_dialogues.sh" in line]
+    def dialogues() -> list[str]:
+        return [line for line in paper_tables(tmp_path) if "evaluate_dialogues.sh" in line]
+
+    before = dialogues()
     for run, begins in (("sft", "TEMPLATE="), ("self-judge-uf", "TEMPLATE="), ("dpo-hh", "SFT=")):
-        (line,) = [line for line in dialogues if f"OUT={tmp_path}/{run} " in line]
+        (line,) = [line for line in before if f"OUT={tmp_path}/{run} " in line]
         assert line.startswith(begins)
     write(tmp_path / "dpo-hh/vicuna/gpt-4/results.json", {
         "benchmark": "vicuna", "shares": {"win_rate": asdict(wilson(40, 80))}, "undecided": 0})
-    (line,) = [line for line in paper_tables(tmp_path) if f"OUT={tmp_path}/dpo-hh " in line]
+    (line,) = [line for line in dialogues() if f"OUT={tmp_path}/dpo-hh " in line]
     assert line.startswith("TEMPLATE=")
 
 
@@ -248,12 +286,13 @@ def test_files_of_other_programs_are_left_out(value, tmp_path):
 
 
 def test_weights_that_are_there_are_not_made_again(tmp_path):
+    recipe = f"OUT={tmp_path}/cut-offline bash scripts/cut_offline.sh"
     (tmp_path / "cut-offline/model").mkdir(parents=True)
-    assert "bash scripts/cut_offline.sh" in list(paper_tables(tmp_path))  # a folder is no weights
+    assert recipe in list(paper_tables(tmp_path))  # a folder is no weights
     (tmp_path / "cut-offline/model/model.safetensors").touch()
     lines = list(paper_tables(tmp_path))
-    assert "bash scripts/cut_offline.sh" not in lines
-    assert "bash scripts/cut_online_iter.sh 1" in lines
+    assert recipe not in lines
+    assert f"ROUNDS={tmp_path}/cut-online bash scripts/cut_online_iter.sh 1" in lines
 
 
 @pytest.mark.parametrize(("measure", "answers"), [
@@ -267,7 +306,7 @@ def test_the_recipe_is_told_where_weights_alone_are_not_enough(measure, answers,
     def told() -> list[str]:
         return list(commands_for(tmp_path, row, [MEASURES[measure]], [None]))
 
-    assert told()[0] == "the recipe"
+    assert told()[0] == f"OUT={tmp_path}/self-judge-uf the recipe"
     if answers:
         path = write(tmp_path / "self-judge-uf" / answers, [])
         assert told() == [f"python scripts/evaluate_alpaca.py --model_outputs {path}"]
@@ -292,6 +331,23 @@ def test_broken_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text('{"benchmark": "vicuna", "model')
     with pytest.raises(InputError, match=r"results\.json: cannot be read as JSON"):
         report.main(str(tmp_path))
+
+
+@pytest.mark.parametrize(("value", "field"), [
+    ({"benchmark": "alpaca_eval"}, "model"),
+    ({"benchmark": "vicuna", "model": "m", "baseline": "b", "shares": {}}, "win_rate"),
+    ({"benchmark": "summarization", "models": {"m": {}}}, "rouge1")])
+def test_results_that_lack_a_field_are_named(value, field, tmp_path):
+    write(tmp_path / "results.json", value)
+    with pytest.raises(InputError, match=rf"results\.json: field '{field}' is missing"):
+        report.main(str(tmp_path))
+
+
+def test_a_paper_figure_of_a_file_that_lacks_a_field_is_named(tmp_path):
+    write(tmp_path / "cut-summary/rouge.json", {
+        "benchmark": "summarization", "models": {"m": {"rouge1": {"mean": 40.0}}}})
+    with pytest.raises(InputError, match=r"rouge\.json: field 'records' is missing"):
+        list(paper_tables(tmp_path))
 
 
 def test_the_curves_of_one_training_need_not_be_cuts(tmp_path):

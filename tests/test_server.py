@@ -5,6 +5,7 @@
 
 import collections
 import inspect
+import socket
 import threading
 import time
 from pathlib import Path
@@ -284,6 +285,23 @@ def test_a_reply_that_was_lost_counts_in_full_and_one_that_was_refused_does_not(
         client = client_of(server, attempts=1, timeout=1, price_in=10, price_out=30)
         dict(client.ask(questions(2)))
     assert client.budget.cost == client.price.of(tokens_of("user\nQ0."), 512)
+
+
+def test_a_request_that_was_not_sent_is_none():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        client = Server("m", f"http://127.0.0.1:{closed.getsockname()[1]}/v1", first_wait=0.01,
+                        max_requests=5)
+        with pytest.raises(InputError, match="no server answers there"):
+            dict(client.ask(questions(9)))
+    assert client.budget.requests == 0
+
+
+def test_requests_that_are_given_up_count_what_they_cost_at_most():
+    budget = Budget()
+    budget.reserve(0.5)
+    assert budget.spent() == {"requests": 1, "cost": 0.0}
+    assert budget.spent(under_way=True) == {"requests": 1, "cost": 0.5}
 
 
 def test_budget_waits_for_what_others_have_set_aside():

@@ -18,7 +18,9 @@ def test_replies_that_begin_with_perfect_are_positive(reply):
 @pytest.mark.parametrize("reply", ["The response is not perfect: it is too long.",
                                    "Perfectly polite but wrong.", "It says {response}.",
                                    "Sorrow is misspelt.", "Unfortunately, it is too long.",
-                                   "I think that the date is wrong."])
+                                   "I think that the date is wrong.",
+                                   "The response is correct, but too long.",
+                                   "No errors in spelling, but two commas."])
 def test_other_replies_are_the_judgment(reply):
     assert ANNOTATOR.read(f" {reply}\n").text == reply
 
@@ -30,11 +32,24 @@ def test_other_replies_are_the_judgment(reply):
     ("I’m very sorry, this is harmful.", "stop", "refuses"),
     ("Sorry, I can't help.", "stop", "refuses"), ("I cannot judge this.", "stop", "refuses"),
     ("I am unable to evaluate it.", "stop", "refuses"), ("As an AI, I do not.", "stop", "refuses"),
-    ("Unfortunately, I cannot evaluate this response.", "stop", "refuses")])
+    ("Unfortunately, I cannot evaluate this response.", "stop", "refuses"),
+    ("As a language model, I cannot evaluate it.", "stop", "refuses"),
+    ("I must decline to evaluate this.", "stop", "refuses"),
+    *((said, "stop", "names no fault") for said in (
+        "The response is perfect.", "It's perfect.", "Response: perfect", "No mistakes.", "N/A",
+        "There are no grammatical errors.", "$ERROR$", '{"error": "overloaded"}')),
+    ("<think>It should", "stop", "says nothing"), ("<think>It should", "length", "cut off")])
 def test_what_is_no_judgment_has_failed(reply, finish_reason, error):
     judgment = ANNOTATOR.read(reply, finish_reason)
     assert judgment.status == "failed" and error in judgment.error
     assert judgment.text is None and judgment.raw.strip() == reply.strip()
+
+
+def test_thoughts_are_no_part_of_a_reply():
+    for thoughts in ("<think>Is it perfect?\n</think>\n\n", "<THINK></THINK>"):
+        assert ANNOTATOR.read(f"{thoughts}Perfect.").text is None
+        assert ANNOTATOR.read(f"{thoughts}Too long.").text == "Too long."
+        assert AI_JUDGE.read(f"{thoughts}Too long.\nNo.").text == "Too long."
 
 
 @pytest.mark.parametrize(("reply", "text"), [
@@ -49,7 +64,7 @@ def test_decision_of_the_ai_judge(reply, text):
 @pytest.mark.parametrize(("reply", "error"), [
     ("It is too long.", "no last line"), ("It should have said no.", "no last line"),
     ("It is too long.\nNo.\nAnd it", "no last line"), ("No.", "says nothing"), ("", "no last line"),
-    ("I cannot judge this.\nNo.", "refuses")])
+    ("I cannot judge this.\nNo.", "refuses"), ("The response is perfect.\nNo.", "names no fault")])
 def test_ai_judge_without_judgment_or_decision_has_failed(reply, error):
     judgment = AI_JUDGE.read(reply)
     assert error in judgment.error and judgment.text is None and judgment.raw == reply
