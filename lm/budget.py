@@ -88,8 +88,8 @@ class Budget:
 
     def go_on_from(self, lines: Collection[Mapping]) -> None:
         """Count what earlier runs spent, as the lines of their journal say."""
-        self.requests = max((line.get("requests", 0) for line in lines), default=0)
-        self.cost = max((line.get("cost", 0.0) for line in lines), default=0.0)
+        told = told_last(lines)
+        self.requests, self.cost = told["requests"], told["cost"]
 
     def reserve(self, cost: float) -> None:
         """Set aside what a request costs at most, or stop; wait if others may yet leave enough."""
@@ -120,6 +120,16 @@ class Budget:
             self._reserved = self._reserved - reserved if self._under_way else 0.0  # no rounding
             self.cost += cost
             self._changed.notify_all()
+
+
+def told_last(lines: Collection[Mapping]) -> dict[str, float]:
+    """What the last of a journal's lines that speak of spending says.
+
+    >>> told_last([{"index": 0, "requests": 1, "cost": 0.5}, {"index": 1}])
+    {'requests': 1, 'cost': 0.5}
+    """
+    last = next((line for line in reversed(list(lines)) if "requests" in line), {})
+    return {"requests": last.get("requests", 0), "cost": last.get("cost", 0.0)}
 
 
 class Pace:

@@ -27,14 +27,15 @@ def check_constraints(records: Sequence[Record], path: str) -> None:
     """Stop unless each record has constraints, at least one, and IFEval can check all of them."""
     for index, record in enumerate(records):
         where = f"{path}: record {index}: field 'constraints'"
-        if not record["constraints"] or not all(
+        if not record["constraints"] or not isinstance(record["constraints"], list) or not all(
                 isinstance(entry, dict) and isinstance(entry.get("kind"), str)
                 and isinstance(entry.get("kwargs"), dict) for entry in record["constraints"]):
             raise InputError(f"{where} must be a list of {{\"kind\": text, \"kwargs\": object}}, "
                              "at least one")
         try:
             satisfied(record["constraints"], "Any words.")
-        except (InputError, TypeError, ValueError, AttributeError, re.error) as error:
+        except (InputError, TypeError, ValueError, LookupError, AttributeError,
+                re.error) as error:
             raise InputError(f"{where}: {error}; correct it") from error
 
 

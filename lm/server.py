@@ -27,7 +27,7 @@ from lm import replies
 from lm.budget import Budget, Pace, price_of, tokens_of
 from lm.records import InputError
 from lm.replies import Reply, Request
-from lm.threads import in_threads
+from lm.threads import Unasked, in_threads
 
 if TYPE_CHECKING:
     import diskcache
@@ -186,6 +186,9 @@ class Server:
         tokens = tokens_of(request.text)
         most = cost = self.price.of(tokens, request.max_tokens)  # a lost reply may be charged
         self.budget.reserve(most)
+        if stop.is_set():  # while it waited for others
+            self.budget.settle(most, 0.0, sent=False)
+            raise Unasked
         sent = True
         try:
             body = self._body(request)
@@ -312,5 +315,5 @@ def _open_cache(folder: str) -> "diskcache.Cache":
         # JSON, as the default would unpickle what it finds; and nothing is ever thrown out
         return diskcache.Cache(folder, disk=diskcache.JSONDisk, eviction_policy="none")
     except (OSError, sqlite3.Error) as error:
-        raise InputError(f"--cache {folder}: cannot be used ({error}); name a folder that can be "
-                         "written") from error
+        raise InputError(f"{folder}: cannot keep replies there ({error}); delete it, or name "
+                         "another folder") from error

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from lm.journal import digest
 from lm.records import InputError, Record, changes, sha256, write_json
 
-# What a model's answers depend on: weights, shape, where it stops, how text becomes ids and back
-MODEL_FILES = ("*model*.safetensors", "*model*.bin", "config.json", "generation_config.json",
-               "adapter_config.json", "tokenizer*", "*.model", "vocab.*", "merges.txt",
-               "added_tokens.json", "special_tokens_map.json", "*.jinja")
+# What a model's answers depend on
+MODEL_FILES = ("*model*.safetensors", "*model*.bin", "tokenizer*", "*.jinja", "vocab.json",
+               "merges.txt")
 
 
 @contextlib.contextmanager
@@ -107,35 +105,14 @@ def refuse_changes(path: Path, found: Mapping, wanted: Mapping) -> None:
 
 
 def content_hash(source: str | Path) -> str:
-    """The sha256 of a file, or of a model's folder; the name of what is no path."""
+    """The sha256 of a file, or of a folder's weights and tokenizer; the name of what is no path."""
     path = Path(source)
-    if path.name == "adapter_config.json" and (said := _adapter_settings(path)):
-        return digest(said)
     if path.is_file():
         return _sha256_once(path, path.stat().st_mtime_ns)
-    files = model_files(path)
+    files = sorted(file for kind in MODEL_FILES for file in path.glob(kind))
     if not files:
         return str(source)
     return hashlib.sha256("".join(map(content_hash, files)).encode()).hexdigest()
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files in a model's or adapter's folder that its answers depend on."""
-    return sorted({file for kind in MODEL_FILES for file in folder.glob(kind)})
-
-
-def _adapter_settings(path: Path) -> Record | None:
-    """What an adapter's config says; None where it is broken, of which load_adapter tells.
-
-    Without the base, an input of its own, whose folder may move. Lists in one order: some are sets,
-    which PEFT writes in another order each time.
-    """
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return {key: sorted(map(str, value)) if isinstance(value, list) else value
-            for key, value in said.items() if key != "base_model_name_or_path"}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ What a model thinks first (<think> ... </think>) is no part of its reply. One th
 refuses, or that names no fault is no judgment but a failure.
 """
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -20,20 +21,22 @@ KEYS = {"perfect": {"verdict", "system", "user"},
         "yes_no": {"verdict", "prompt", "target", "positive"}}
 PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
 DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
-THOUGHTS = re.compile(r"<think>.*?(</think>|$)\s*", re.IGNORECASE | re.DOTALL)
+# Some chat templates write the opening tag themselves
+THOUGHTS = re.compile(r"(<think>)?.*?</think>\s*|<think>.*", re.IGNORECASE | re.DOTALL)
 REFUSAL = re.compile(r"\W*(unfortunately\W+)?"
                      r"((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|"
-                     r"as an? (ai|(large )?language model)\b|i (must )?decline|"
+                     r"as an? (ai|ai assistant|(ai |large )?language model)\W+i\b|"
+                     r"i (must )?decline|"
                      r"i (can ?not|can['’]t|won['’]t|will not|am (not able|unable))|"
                      r"i['’]m (not able|unable))", re.IGNORECASE)
-# Not as it was asked to say it, so that nobody knows what was meant; and errors in a reply's place
+# Not as it was asked to say it, so that nobody knows what was meant
 NO_FAULT = re.compile(r"""\W*(
-    ((the|this|your)\s)? (response|answer|output|it) (\s(is|was|looks))? \W*
-        (perfect|flawless|correct|fine|good) |
-    it['’]s\s(perfect|flawless|correct|fine|good) |
+    ((the|this|your)\s)? (response|answer|output|it) (['’]s|\s(is|was|looks))? \W*
+        ((very|completely|absolutely)\s)? (perfect|flawless|correct|fine|good) |
+    correct | looks\sgood |
     (there\s(are|were)\s)? no\s([a-z]+\s)?(mistakes?|errors?|faults?|issues?|problems?)
-        (\s(were\s)?found)? |
-    none | n/?a | \$?error\$? | \{.*\} )\W*""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
+        (\s(were\s)?found)? (\s(in|with)\s(the|this)\s(response|answer))? |
+    none | n/?a | \$?error\$? )\W*""", re.IGNORECASE | re.VERBOSE)
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,19 @@ def negative(text: str, raw: str, by_a_person: bool = False) -> Judgment:
     """
     if not re.search(r"\w", text):
         return Judgment(error="says nothing", raw=raw)
-    if NO_FAULT.fullmatch(text):
-        return Judgment(error="names no fault, nor says \"perfect\" as it was asked to", raw=raw)
+    if NO_FAULT.fullmatch(text) or is_object(text):
+        return Judgment(error="names no fault", raw=raw)
     if REFUSAL.match(text) and not by_a_person:
         return Judgment(error="refuses to judge", raw=raw)
     return Judgment(text, raw=raw)
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object, as servers put an error in a reply's place."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def load_judge_prompt(name: str) -> JudgePrompt:

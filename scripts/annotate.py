@@ -24,8 +24,9 @@ are in the output; 2 nothing could be written (bad input, budget spent, server g
 torchrun is 1 too.
 """
 
+import functools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -33,6 +34,7 @@ from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lm.budget import told_last
 from lm.cli import run
 from lm.journal import append, by_content, digest, open_journal
 from lm.judges import check_constraints
@@ -122,9 +124,10 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
         raise InputError("--output_path is --data_path; choose another, so that both are kept")
     place, processes = launched(alone="" if judge in IN_PROCESS else f"--judge {judge}")
     journal, made_by = journal_file(output), identity(settings)
+    start = functools.cache(lambda: make_judge(settings))
     if overwrite:
-        if judge == "server":
-            connect(model, base_url, vars(settings))  # what stops it must do so before a loss
+        start()  # before anything is lost: there may be no key, or no such model
+        wait(processes)
         discard_parts(journal, place, processes)
     elif output.exists() and not journal.exists():
         raise InputError(f"{output}: is there already, and not known to be made by this script; "
@@ -138,7 +141,7 @@ def main(data_path: str, output_path: str, judge: str = "server", model: str = "
             print(f"{output}: {len(done)} of {len(records)} are judged already")
         mine = sorted(share([len(record["output"]) for record in records], place, processes))
         if left := [index for index in mine if index not in done]:
-            annotate(settings, {index: records[index] for index in left}, contents, lines, file,
+            annotate(start, {index: records[index] for index in left}, contents, lines, file,
                      {"total": len(mine), "initial": len(mine) - len(left), "disable": place > 0,
                       "desc": told_share(processes)})
         wait(processes)
@@ -266,19 +269,19 @@ def judged(lines: Iterable[Record],
                   if index not in good}
 
 
-def annotate(settings: SimpleNamespace, records: Mapping[int, Record], contents: Sequence[str],
+def annotate(start: Callable, records: Mapping[int, Record], contents: Sequence[str],
              lines: list[Record], file: IO[str], bar: dict) -> None:
     """Ask about these records; note each judgment in the journal at once.
 
-    `lines` are what the journal has so far; the budget goes on from them, and the new ones join
-    them. `bar` are settings of tqdm's.
+    `start` makes the judge. `lines` are what the journal has so far; the budget goes on from them,
+    and the new ones join them. `bar` are settings of tqdm's.
     """
     from tqdm import tqdm
 
     from lm.annotators import Question
 
     questions = {index: Question.of(record) for index, record in records.items()}
-    judge, server = make_judge(settings)
+    judge, server = start()
     spent = dict
     if server:
         server.budget.go_on_from(lines)
@@ -350,8 +353,7 @@ def count(lines: Sequence[Record], contents: Sequence[str]) -> dict[str, float]:
     positive = sum(line["judgment"] is None for line in done.values())
     return {"responses": len(contents), "positive": positive, "negative": len(done) - positive,
             "failed": len(failed),
-            **{name: max((line.get(name, 0) for line in lines), default=0)
-               for name in ("requests", "cost")}}
+            **told_last(lines)}
 
 
 def told(counts: Mapping[str, float]) -> str:

@@ -63,7 +63,7 @@ from lm.records import (
     write_json,
 )
 from lm.server import RequestsFailed, connect, generate_on, requests_of
-from lm.stages import model_files
+from lm.stages import MODEL_FILES
 from lm.templates import load_template
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
 ENGINES = ("hf", "vllm")
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 # Fields of a record that speak of another response than the one made here.
 OF_ANOTHER_RESPONSE = ("input", "output", "judgment", "score", "reason", "i_ans", "completions")
 
@@ -275,8 +276,9 @@ def fingerprint(folder: Path | None) -> str:
     """Changes when a model's files in a folder are written again; empty for one on the Hub."""
     if folder is None or not folder.is_dir():
         return ""
+    files = {file for kind in (*MODEL_FILES, *CONFIGS) for file in folder.glob(kind)}
     return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                   for file in model_files(folder)])
+                   for file in sorted(files)])
 
 
 def journal_file(output: Path) -> Path:

@@ -126,7 +126,7 @@ def main(model: str, instructions: str, output_dir: str, rounds: int = 5, per_ro
     settings.folder = Path(output_dir)
     check(settings)
     pool = load_pool(settings)
-    if not finished(settings):
+    if not is_done(settings, "evaluate"):
         check_training(settings)
         check_judging(settings)
     with locked(settings.folder) as settings.lock:
@@ -188,9 +188,10 @@ def check(settings: SimpleNamespace) -> None:
     settings.flags["train"] = read_settings("train", PAPER) | settings.flags["train"]
 
 
-def finished(settings: SimpleNamespace) -> bool:
-    """Whether the last round is done, so that there is nothing to do but to show it."""
-    return (online_stages.folder_of(settings, settings.rounds) / "manifests/evaluate.json").exists()
+def is_done(settings: SimpleNamespace, stage: str) -> bool:
+    """Whether a stage has been done in the last round, and so in all."""
+    last = online_stages.folder_of(settings, settings.rounds)
+    return (last / "manifests" / f"{stage}.json").exists()
 
 
 def check_training(settings: SimpleNamespace) -> None:
@@ -204,7 +205,7 @@ def check_training(settings: SimpleNamespace) -> None:
 
 def check_judging(settings: SimpleNamespace) -> None:
     """Stop at a judge or an annotator that cannot be asked, before a GPU has answered for it."""
-    with told_of("judge"):
+    if not is_done(settings, "annotate"):
         flags = all_flags(settings, "judge", data_path="responses.json", output_path="judged.json",
                           other_path="others.json", judge=settings.judge,
                           model=settings.judge_model)
@@ -212,9 +213,8 @@ def check_judging(settings: SimpleNamespace) -> None:
         if settings.judge == "server":
             check_judge(settings.judge_model, flags["base_url"], flags | {"cache": ""})
     if settings.annotator and not settings.constrained:
-        with told_of("evaluate"):
-            evaluate_alpaca.main(**all_flags(settings, "evaluate", model_outputs="answers.json",
-                                             annotator=settings.annotator, dry_run=True))
+        evaluate_alpaca.main(**all_flags(settings, "evaluate", model_outputs="answers.json",
+                                         annotator=settings.annotator, dry_run=True))
 
 
 def all_flags(settings: SimpleNamespace, name: str, **given: object) -> dict[str, object]:

@@ -114,6 +114,8 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     if settings.judge in annotate.IN_PROCESS:
         inputs["judge_weights"] = (resolve_model if settings.judge == "local" else str)(
             settings.judge_model)
+    if settings.judge == "jsft":
+        inputs["judge_templates"] = flags.get("template") or f"{settings.judge_model}/config.yaml"
 
     def work() -> dict:
         if settings.judge == "jsft":

@@ -398,7 +398,7 @@ def test_only_models_in_the_process_are_launched_several_times(responses, tmp_pa
     ({"max_failed": 2.0}, "a share between 0 and 1"),
     ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 or more"),
     ({"judge": "human", "sheet": "s.xlsx"}, "--sheet s.xlsx: expected a .csv or .jsonl file"),
-    ({"cache": __file__}, "test_annotate.py: cannot be used"),
+    ({"cache": __file__}, "test_annotate.py: cannot keep replies there"),
     ({"limit": -1}, "must be 0"), ({"price_in": 2.0}, "belong together"),
     ({"base_url": "https://example.org/v1", "max_cost": 1.0, "model": "mine"}, "needs the price")])
 def test_bad_flags_are_one_line(change, message, responses, tmp_path):

@@ -415,3 +415,16 @@ def test_wrong_field_is_named(tiny_llama, tmp_path):
     write_json(tmp_path / "bad.json", [{"instruction": "a"}, {"instruction": 7}])
     with pytest.raises(InputError, match=r"bad\.json: record 1: field 'instruction' is a number"):
         generate.main(str(tiny_llama), data_path=str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(("name", "counts"), [
+    *((name, True) for name in (
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+        "chat_template.jinja", "adapter_model.safetensors", "adapter_config.json")),
+    *((name, False) for name in ("README.md", "merge.json", "training_args.bin"))])
+def test_a_model_is_another_one_once_a_file_that_answers_depend_on_has_changed(name, counts,
+                                                                               tmp_path):
+    (tmp_path / name).write_text("a")
+    before = generate.fingerprint(tmp_path)
+    (tmp_path / name).write_text("bc")
+    assert (generate.fingerprint(tmp_path) != before) == counts

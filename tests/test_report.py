@@ -3,6 +3,7 @@
     python -m pytest tests/test_report.py -n0
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -231,8 +232,10 @@ def test_recipes_make_what_is_measured_in_any_folder(line, tmp_path):
                            check=True, env={**os.environ, "DRY_RUN": "1"}).stdout
     steps = [shlex.split(step) for step in shown.splitlines()
              if step.startswith(("python ", "torchrun ", "accelerate "))]
-    made = {word.rpartition("=")[2] for words in steps for word in words}
-    assert not {word for word in made if word.startswith("runs/")}
+    given = [word for words in steps for word in words]
+    assert not [word for word in given if word.rpartition("=")[2].startswith("runs/")]
+    made = {word.partition("=")[2] or value for word, value in itertools.pairwise([*given, ""])
+            if re.match(r"(--|[a-z_.]*)(output|samples_path)", word)}
     if not commands:
         assert f"{root}/{line['run']}/judge.json" in made
     for words in map(shlex.split, commands):

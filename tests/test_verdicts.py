@@ -20,7 +20,10 @@ def test_replies_that_begin_with_perfect_are_positive(reply):
                                    "Sorrow is misspelt.", "Unfortunately, it is too long.",
                                    "I think that the date is wrong.",
                                    "The response is correct, but too long.",
-                                   "No errors in spelling, but two commas."])
+                                   "No errors in spelling, but two commas.",
+                                   "{name} is never replaced, nor is {date}.",
+                                   "As a language model, the assistant has eaten no pizza.",
+                                   "{}" * 2000 + "x"])
 def test_other_replies_are_the_judgment(reply):
     assert ANNOTATOR.read(f" {reply}\n").text == reply
 
@@ -36,6 +39,8 @@ def test_other_replies_are_the_judgment(reply):
     ("As a language model, I cannot evaluate it.", "stop", "refuses"),
     ("I must decline to evaluate this.", "stop", "refuses"),
     *((said, "stop", "names no fault") for said in (
+        "Correct.", "Looks good.", "The response is very good.",
+        "There are no issues with this response.",
         "The response is perfect.", "It's perfect.", "Response: perfect", "No mistakes.", "N/A",
         "There are no grammatical errors.", "$ERROR$", '{"error": "overloaded"}')),
     ("<think>It should", "stop", "says nothing"), ("<think>It should", "length", "cut off")])
@@ -46,7 +51,7 @@ def test_what_is_no_judgment_has_failed(reply, finish_reason, error):
 
 
 def test_thoughts_are_no_part_of_a_reply():
-    for thoughts in ("<think>Is it perfect?\n</think>\n\n", "<THINK></THINK>"):
+    for thoughts in ("<think>Is it perfect?\n</think>\n\n", "<THINK></THINK>", "Well.\n</think>\n"):
         assert ANNOTATOR.read(f"{thoughts}Perfect.").text is None
         assert ANNOTATOR.read(f"{thoughts}Too long.").text == "Too long."
         assert AI_JUDGE.read(f"{thoughts}Too long.\nNo.").text == "Too long."
