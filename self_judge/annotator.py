@@ -110,14 +110,14 @@ def clearest(verdict: Verdict) -> str:
 
 
 def read_evaluation(said: str, rationale: str) -> Judgment:
-    """The evaluation that comes first in what follows a decision; the second ends it.
+    """The evaluation that comes first, and once, in what follows a decision; the second ends it.
 
     >>> read_evaluation("A: Too long. B: Fine.", "A: {evaluation_a} B: {evaluation_b}").text
     'Too long.'
     """
     before, _, between, *_ = map(re.escape, map(str.strip, EVALUATION.split(rationale)))
     found = re.match(f"{before}(.*?)(?:{between or chr(10)})", said.strip(), re.DOTALL)
-    if not found:
+    if not found or (before and re.search(f"^{before}", found[1], re.MULTILINE)):
         return Judgment(error="writes no evaluation of the trained form", raw=said)
     return negative(found[1].strip(), said)
 

@@ -110,6 +110,7 @@ def test_the_principle_by_which_the_first_response_falls_behind_most():
      "Perfect for children only."),
     ("\nA: Too long.", "\nA: {evaluation_a}\nB: {evaluation_b}", None),
     ("\nToo long.\nB: Fine.", "\nA: {evaluation_a}\nB: {evaluation_b}", None),
+    ("\nA: Too long.\nA: Short.\nB: Fine.", "\nA: {evaluation_a}\nB: {evaluation_b}", None),
     ("\nA: \nB: Fine.", "\nA: {evaluation_a}\nB: {evaluation_b}", None),
     ("", "\n{evaluation_a}\n{evaluation_b}", None)])
 def test_what_is_read_of_a_rationale(said, rationale, text):
