@@ -21,11 +21,12 @@ KEYS = {"perfect": {"verdict", "system", "user"},
         "yes_no": {"verdict", "prompt", "target", "positive"}}
 PERFECT = re.compile(r"[\s\"'*_“‘]*perfect\b", re.IGNORECASE)
 DECISION = re.compile(r"(.*\n)?\W*(yes|no)\W*", re.IGNORECASE | re.DOTALL)
-# Some chat templates write the opening tag themselves
-THOUGHTS = re.compile(r"(<think>)?.*?</think>\s*|<think>.*", re.IGNORECASE | re.DOTALL)
+# Some chat templates write the opening tag themselves; and a judgment may speak of such tags
+THOUGHTS = re.compile(r"<think>.*?(</think>\s*|\Z)|(.*?\n)?[ \t]*</think>\s*|"
+                      r".*?</think>[ \t]*\n\s*", re.IGNORECASE | re.DOTALL)
 REFUSAL = re.compile(r"\W*(unfortunately\W+)?"
                      r"((i['’]m|i am) (very )?sorry|sorry|i apologi[sz]e|"
-                     r"as an? (ai|ai assistant|(ai |large )?language model)\W+i\b|"
+                     r"as an? (ai|(large )?language model)\b[^.!?\n]{0,60}?\bi\b|"
                      r"i (must )?decline|"
                      r"i (can ?not|can['’]t|won['’]t|will not|am (not able|unable))|"
                      r"i['’]m (not able|unable))", re.IGNORECASE)
@@ -36,7 +37,7 @@ NO_FAULT = re.compile(r"""\W*(
     correct | looks\sgood |
     (there\s(are|were)\s)? no\s([a-z]+\s)?(mistakes?|errors?|faults?|issues?|problems?)
         (\s(were\s)?found)? (\s(in|with)\s(the|this)\s(response|answer))? |
-    none | n/?a | \$?error\$? )\W*""", re.IGNORECASE | re.VERBOSE)
+    none | n/?a | \$?error\$? | \{\s*['"]error['"].*\} )\W*""", re.IGNORECASE | re.VERBOSE)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
     responses, judged = folder / "responses.json", folder / "judged.json"
     inputs = {"responses": responses}
     flags = {"judge": settings.judge, **settings.flags["judge"]}
-    bound_to = {}
+    bound_to = {}  # templates keep their names when they change
     if settings.judge_model:
         flags["model"] = settings.judge_model
     if settings.judge in ("server", "local"):
@@ -115,7 +115,10 @@ def judge(settings: SimpleNamespace, number: int) -> Record:
         inputs["judge_weights"] = (resolve_model if settings.judge == "local" else str)(
             settings.judge_model)
     if settings.judge == "jsft":
-        inputs["judge_templates"] = flags.get("template") or f"{settings.judge_model}/config.yaml"
+        from self_judge.templates import load_templates
+
+        templates = load_templates(flags.get("template") or f"{settings.judge_model}/config.yaml")
+        bound_to["template_text"] = digest(asdict(templates))
 
     def work() -> dict:
         if settings.judge == "jsft":

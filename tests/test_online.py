@@ -455,7 +455,8 @@ def test_alpaca_eval_scores_prompts_without_constraints(settings, tmp_path, in_p
 def test_jsft_compares_each_response_with_the_next_to_the_same_instruction(settings, tmp_path,
                                                                            monkeypatch):
     flags = checked(settings, output_dir=str(tmp_path / "run"), judge="jsft", judge_model="org/m",
-                    samples=3)
+                    samples=3,
+                    judge_settings="template=configs/templates/judge_sample_principles.yaml")
     said = []
     monkeypatch.setattr(online_stages, "ask", lambda *given: said.append(given[-1]) or {**COUNTS})
     folder = tmp_path / "run/round1"

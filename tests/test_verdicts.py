@@ -23,7 +23,8 @@ def test_replies_that_begin_with_perfect_are_positive(reply):
                                    "No errors in spelling, but two commas.",
                                    "{name} is never replaced, nor is {date}.",
                                    "As a language model, the assistant has eaten no pizza.",
-                                   "{}" * 2000 + "x"])
+                                   "The response leaves </think>\"Perfect\" in its text",
+                                   "It ends with `</think>`", "{}" * 2000 + "x"])
 def test_other_replies_are_the_judgment(reply):
     assert ANNOTATOR.read(f" {reply}\n").text == reply
 
@@ -37,12 +38,15 @@ def test_other_replies_are_the_judgment(reply):
     ("I am unable to evaluate it.", "stop", "refuses"), ("As an AI, I do not.", "stop", "refuses"),
     ("Unfortunately, I cannot evaluate this response.", "stop", "refuses"),
     ("As a language model, I cannot evaluate it.", "stop", "refuses"),
+    ("As an AI developed by OpenAI, I cannot assess that.", "stop", "refuses"),
+    ("As a large language model trained by Google, I cannot.", "stop", "refuses"),
     ("I must decline to evaluate this.", "stop", "refuses"),
     *((said, "stop", "names no fault") for said in (
         "Correct.", "Looks good.", "The response is very good.",
         "There are no issues with this response.",
         "The response is perfect.", "It's perfect.", "Response: perfect", "No mistakes.", "N/A",
-        "There are no grammatical errors.", "$ERROR$", '{"error": "overloaded"}')),
+        "There are no grammatical errors.", "$ERROR$", '{"error": "overloaded"}',
+        "{'error': 'overloaded'}")),
     ("<think>It should", "stop", "says nothing"), ("<think>It should", "length", "cut off")])
 def test_what_is_no_judgment_has_failed(reply, finish_reason, error):
     judgment = ANNOTATOR.read(reply, finish_reason)
@@ -51,7 +55,8 @@ def test_what_is_no_judgment_has_failed(reply, finish_reason, error):
 
 
 def test_thoughts_are_no_part_of_a_reply():
-    for thoughts in ("<think>Is it perfect?\n</think>\n\n", "<THINK></THINK>", "Well.\n</think>\n"):
+    for thoughts in ("<think>Is it perfect?\n</think>\n\n", "<THINK></THINK>",
+                     "Well.\n</think>\n", "Well.</think>\n\n", "</think>"):
         assert ANNOTATOR.read(f"{thoughts}Perfect.").text is None
         assert ANNOTATOR.read(f"{thoughts}Too long.").text == "Too long."
         assert AI_JUDGE.read(f"{thoughts}Too long.\nNo.").text == "Too long."
