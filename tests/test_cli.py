@@ -3,6 +3,7 @@
     python -m pytest tests/test_cli.py
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -216,9 +217,10 @@ def test_ctrl_c_is_one_line(tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(f"{HEADER}import time\ndef main():\n    print('ready', flush=True)\n"
                       "    time.sleep(60)\nrun(main)\n")
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([sys.executable, str(script)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE,
+                          preexec_fn=heeds) as process:  # a shell's background jobs ignore it
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
