@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
-         template: str = "ai_judge", seed: int = 42) -> None:
+         template: str = "ai_judge", split: str = "heldout", seed: int = 42) -> None:
     """Write train.json and held_out.json.
 
     Args:
@@ -40,6 +40,8 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
         limit: train on only so many; fewer are part of more, and held_out.json stays. 0 is all,
             which is also what a larger number than that gives.
         template: judge prompt with a `target`, by name in configs/templates or path.
+        split: heldout|validation. validation: held_out.json has as many of the other responses,
+            to choose settings on, and those held out otherwise are in neither file.
         seed: of the draw.
     """
     from cut.data import examples_of
@@ -47,6 +49,8 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
     if limit < 0 or held_out < 1:
         raise InputError(f"--limit {limit} must be 0 (all) or more, and --held_out {held_out} 1 or "
                          "more")
+    if split not in ("heldout", "validation"):
+        raise InputError(f"--split {split}: expected heldout or validation")
     prompt = load_judge_prompt(template)
     if not prompt.target:
         raise InputError(f"--template {template}: has no target to learn; use ai_judge or one of "
@@ -57,7 +61,9 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
         print(f"{path}: {counts.negatives} judgments, {counts.positives} responses without fault; "
               f"{counts.dropped} failed judgments left out")
         examples += found
-    train, apart = split(examples, held_out, seed)
+    train, apart = hold_out(examples, held_out, seed)
+    if split == "validation":
+        train, apart = hold_out(train, held_out, seed)
     if limit > len(train):
         print(f"note: --limit {limit}, but only {len(train)} are left")
     train = train[:limit or None]
@@ -69,8 +75,8 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
     print(f"{folder}: {len(train)} to train on, {len(apart)} held out")
 
 
-def split(examples: "Sequence[Example]", held_out: int,
-          seed: int) -> "tuple[list[Example], list[Example]]":
+def hold_out(examples: "Sequence[Example]", held_out: int,
+             seed: int) -> "tuple[list[Example], list[Example]]":
     """In a drawn order, those to train on and those held out, no instruction on both sides."""
     by_instruction: dict[str, list[Example]] = {}
     for example in examples:

@@ -177,12 +177,14 @@ def render(study: Study, cell: Cell, rate: str) -> tuple[list[str], list[Cell]]:
     values = {"of": others, "cell": study.folder_of(cell), "row": cell.row, "seed": cell.seed,
               "rate": rate, "model": study.settings["model"],
               "split": "validation" if cell.rate else "heldout", **study.values}
-    row = {**study.recipe(cell.row).get("defaults", {}), **study.rows[cell.row]}
+    recipe = study.recipe(cell.row)
+    row = {**recipe.get("defaults", {}), **study.rows[cell.row],
+           **(recipe.get("trial", {}) if cell.rate else {})}
     try:
         values |= {name: str(value).format_map(values) for name, value in row.items()
                    if name not in NO_VALUES}
         commands = [" ".join(command.format_map(values).split())
-                    for command in study.recipe(cell.row)["commands"]]
+                    for command in recipe["commands"]]
     except KeyError as error:
         raise InputError(f"configs/tables.yaml: {cell.row}: nothing gives a value for "
                          f"{{{error.args[0]}}}") from error

@@ -61,7 +61,23 @@ def test_less_data_is_part_of_more_and_the_held_out_part_stays(known, tmp_path, 
     assert len(read_records(tmp_path / "twice/train.json")) >= 30
 
 
+def test_settings_are_chosen_on_responses_that_are_neither_learnt_nor_held_out(known, tmp_path):
+    parts = {}
+    for split in ("heldout", "validation"):
+        make_judge_data.main(known, str(tmp_path / split), held_out=4, split=split)
+        parts[split] = [read_records(tmp_path / split / f"{name}.json")
+                        for name in ("train", "held_out")]
+    (learnt, apart), (less, validation) = parts["heldout"], parts["validation"]
+    assert len(validation) >= 4 and len(less) + len(validation) == len(learnt)
+    assert {record["instruction"] for record in validation}.isdisjoint(
+        record["instruction"] for record in apart)
+    assert {PROMPT.render(record["instruction"], record["output"]) for record in validation} == {
+        record["instruction"] for record in learnt} - {record["instruction"] for record in less}
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    ({"split": "train"}, "--split train: expected heldout or validation"),
+    ({"held_out": 10, "split": "validation"}, r"leaves nothing of [89] responses"),
     ({"held_out": 19}, "--held_out 19 leaves nothing of 19 responses"),
     ({"held_out": 0}, "1 or more"), ({"limit": -1}, "must be 0"),
     ({"template": "annotator"}, "has no target to learn")])

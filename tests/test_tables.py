@@ -114,8 +114,8 @@ ABLATIONS = {"without_l1", "without_align_p", "without_align_n", "without_detect
              "paper_loss_without_weight", "positive_judgment", "downsample_quarter",
              "downsample_half", "downsample_1", "judgments_quarter", "judgments_half",
              "rewards_quarter", "rewards_half", "judge_only", "jsft_plain", "jsft_principles",
-             "jsft_rationales", "live_judge", "second_round"}  # at their full method's rate
-EXEMPT = {"dpo_on_sft", "ai_judge_small", "ai_judge_medium", "ai_judge_large", "online"}
+             "jsft_rationales", "live_judge", "second_round", "ai_judge_small",
+             "ai_judge_medium"}  # at their full method's rate
 
 
 def test_methods_are_tried_equally_often_and_trials_never_see_the_held_out_prompts(tmp_path):
@@ -126,9 +126,9 @@ def test_methods_are_tried_equally_often_and_trials_never_see_the_held_out_promp
     assert set(by_row.values()) == set(papers.values()) and len(by_row) >= 15
     trained = {row for row, given_row in SETTINGS["rows"].items() if any(
         "{rate}" in command for command in SETTINGS["recipes"][given_row["recipe"]]["commands"])}
-    assert trained - by_row.keys() == ABLATIONS | EXEMPT  # the report's text names the exempt
+    assert trained - by_row.keys() == ABLATIONS
     for row, recipe in ((row, SETTINGS["rows"][row]["recipe"]) for row in by_row):
-        assert by_row[row] == papers["cut" if recipe == "train" else "jsft"]
+        assert by_row[row] == papers["cut" if recipe in ("train", "ai_judge", "online") else "jsft"]
     for one in trials:
         text = "\n".join(commands_of(given, one))
         assert "validation" in text and "heldout" not in text
@@ -230,6 +230,16 @@ def test_a_trial_of_other_settings_chooses_nothing(tmp_path):
     tables.collect(other, tmp_path / "small.json")
     gone_on = replace(stale, results=tables.published(tmp_path / "small.json")["cells"])
     assert chosen_rate(gone_on, "one") == "2" and plan(gone_on) == []
+
+
+def test_a_trial_may_be_shorter(tmp_path):
+    """Of online CUT it is the first round."""
+    given = study(tmp_path, {"one": {"recipe": "long", "rates": ["1", "2"]}}, {"long": {
+        "commands": ["python -c \"print({rounds}, '{split}')\""], "defaults": {"rounds": 3},
+        "trial": {"rounds": 1}}})
+    assert {one.part: commands_of(given, one)[0].split('"')[1] for one in plan(given)} == {
+        "trial-1": "print(1, 'validation')", "trial-2": "print(1, 'validation')",
+        "seed0": "print(3, 'heldout')", "seed1": "print(3, 'heldout')"}
 
 
 def test_trials_keep_nothing_that_no_cell_reads(tmp_path):
