@@ -231,7 +231,7 @@ def _parse(text: str, source: str, bad: list[str] | None = None) -> list:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                if not records and _is_object(text):
+                if not records and is_object(text):
                     raise InputError(f"{source}: is one JSON object; expected a list of objects, "
                                      "or JSON Lines, with one object on each line") from error
                 records.append(_Unreadable(f"{source}: line {number}: broken JSON ({error.msg}); "
@@ -241,10 +241,11 @@ def _parse(text: str, source: str, bad: list[str] | None = None) -> list:
     return records
 
 
-def _is_object(text: str) -> bool:
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 

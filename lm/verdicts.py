@@ -10,12 +10,11 @@ What a model thinks first (<think> ... </think>) is no part of its reply. One th
 refuses, or that names no fault is no judgment but a failure.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 
 from lm.prompts import FIELD, fill, read_prompt
-from lm.records import InputError
+from lm.records import InputError, is_object
 
 KEYS = {"perfect": {"verdict", "system", "user"},
         "yes_no": {"verdict", "prompt", "target", "positive"}}
@@ -120,19 +119,11 @@ def negative(text: str, raw: str, by_a_person: bool = False) -> Judgment:
     """
     if not re.search(r"\w", text):
         return Judgment(error="says nothing", raw=raw)
-    if NO_FAULT.fullmatch(text) or is_object(text):
+    if NO_FAULT.fullmatch(text) or is_object(text):  # as servers put an error in a reply's place
         return Judgment(error="names no fault", raw=raw)
     if REFUSAL.match(text) and not by_a_person:
         return Judgment(error="refuses to judge", raw=raw)
     return Judgment(text, raw=raw)
-
-
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object, as servers put an error in a reply's place."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def load_judge_prompt(name: str) -> JudgePrompt:

@@ -45,6 +45,7 @@ from lm.records import (
     check_fields,
     read_records,
     write_json,
+    wrong_field,
 )
 
 POSITIVE_SCORE = 7  # the rating of answers nobody criticised, and CUT's mark of a positive record
@@ -212,10 +213,8 @@ def _label(owner: Record, field: str, where: str) -> object:
 
 
 def _field(owner: Record, field: str, types: tuple[type, ...], where: str) -> object:
-    if field not in owner or not isinstance(owner[field], types):
-        given = TYPE_NAMES.get(type(owner[field]), "other") if field in owner else "missing"
-        expected = " or ".join(TYPE_NAMES[kind] for kind in types)
-        raise InputError(f"{where}: field '{field}' is {given}; expected {expected}")
+    if wrong := wrong_field(owner, {field: types}):
+        raise InputError(f"{where}: {wrong}")
     return owner[field]
 
 

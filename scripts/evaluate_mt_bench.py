@@ -86,9 +86,9 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
+    flags = locals()  # first of all
     from lm.replies import Request
 
-    flags = locals()
     if max_new_tokens < 1:
         raise InputError(f"--max_new_tokens is {max_new_tokens}; expected 1 or more")
     prompt = load_prompt(template, FIELDS)

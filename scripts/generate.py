@@ -25,7 +25,7 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import IO, TYPE_CHECKING
@@ -124,11 +124,11 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         max_failed: share of prompts that a server may fail to answer: the output is written
             without these, and the same command asks for them again. With more it is not written.
     """
+    flags = locals()  # first of all
     from tqdm import tqdm
 
     from lm.generation import check_sampling
 
-    flags = locals()
     check_sampling(max_new_tokens, batch_tokens, temperature, top_p)
     check_engine(engine, base_url, peft_model_path, load_in)
     check_share(max_failed)
@@ -153,14 +153,11 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p", "seed")}
     reply = functools.partial(ask, server, sampling) if server else functools.partial(
         respond, engine, str(model_path), adapter, load_in, batch_tokens, sampling)
-    journal, found = journal_file(output), None
+    found = None
     if overwrite:
-        if mine:  # before anything is lost: no model, a prompt that is too long
-            found = reply({index: prompts[index] for index in mine})
-        wait(processes)
-        settings_file(output).unlink(missing_ok=True)  # first: a kill leaves a run that goes on
-        discard_parts(journal, place, processes)
-    file, lines = open_journal(part_of(journal, place), bound(settings))
+        found = begin_anew(output, reply, {index: prompts[index] for index in mine}, place,
+                           processes)
+    file, lines = open_journal(part_of(journal_file(output), place), bound(settings))
     with file:
         done = finished(output, settings, contents)
         if not done and settings_file(output).exists():  # all prompts are others: a mistake?
@@ -169,13 +166,10 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
             print(f"{output}: going on after {len(done)} finished responses")
         left = {index: prompts[index] for index in mine if index not in done}
         failure = None
-        with noting_costs(file, server):
-            if left:
-                if server:  # the requests and dollars that this output took so far count
-                    server.budget.go_on_from(lines)
-                bar = tqdm(found or reply(left), total=len(mine), initial=len(mine) - len(left),
-                           unit="response", desc=told_share(processes), disable=place > 0)
-                failure = note(bar, contents, file, server)
+        if left:
+            bar = tqdm(found or reply(left), total=len(mine), initial=len(mine) - len(left),
+                       unit="response", desc=told_share(processes), disable=place > 0)
+            failure = note(bar, contents, file, lines, server)
         wait(processes)
         if place == 0:
             done = finished(output, settings, contents)
@@ -380,23 +374,39 @@ def answers(records: list[Record], texts: list[str], generator: str) -> list[Rec
             for record, text in zip(records, texts, strict=True)]
 
 
-def note(bar: "tqdm", contents: Sequence[str], file: IO[str],
+def begin_anew(output: Path, reply: "Callable[[dict[int, Prompt]], Iterator]",
+               prompts: "dict[int, Prompt]", place: int, processes: int) -> Iterator | None:
+    """Give up what is there; returns the responses to come, None where a process has no prompts."""
+    found = None
+    if prompts:  # before anything is lost: no model, a prompt that is too long
+        found = reply(prompts)
+    wait(processes)
+    settings_file(output).unlink(missing_ok=True)  # first: a kill leaves a run that goes on
+    discard_parts(journal_file(output), place, processes)
+    return found
+
+
+def note(bar: "tqdm", contents: Sequence[str], file: IO[str], lines: Sequence[Mapping],
          server: "Server | None") -> RequestsFailed | None:
     """Append each (index, response) under a progress bar to the journal as it comes.
 
-    Returns what a server says at the end of single requests that failed.
+    A server's budget goes on from the journal's `lines` so far. Returns what it says at the end of
+    single requests that failed.
     """
-    try:
-        for index, response in bar:
-            append(file, {"index": index, "content": contents[index],
-                          "output": response.text.strip(),
-                          **({"ids": list(response.token_ids)} if response.token_ids else {}),
-                          "finish_reason": response.finish_reason,
-                          **(server.budget.spent() if server else {})})
-            if server:
-                bar.set_postfix_str(f"${server.budget.cost:.2f}")
-    except RequestsFailed as error:
-        return error
+    if server:
+        server.budget.go_on_from(lines)
+    with noting_costs(file, server):
+        try:
+            for index, response in bar:
+                append(file, {"index": index, "content": contents[index],
+                              "output": response.text.strip(),
+                              **({"ids": list(response.token_ids)} if response.token_ids else {}),
+                              "finish_reason": response.finish_reason,
+                              **(server.budget.spent() if server else {})})
+                if server:
+                    bar.set_postfix_str(f"${server.budget.cost:.2f}")
+        except RequestsFailed as error:
+            return error
     return None
 
 

@@ -101,9 +101,9 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
         price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
         price_out: the same for new tokens.
     """
+    flags = locals()  # first of all
     from self_judge.base import find_base
 
-    flags = locals()
     launched(alone="generate_dialogues.py")
     output = Path(output_path)
     refuse_same(output, data_path)
@@ -147,15 +147,15 @@ def read_questions(path: str, limit: int) -> list[Record]:
     questions = read_records(path)[:limit or None]
     check_fields(questions, path, {"question_id": (int, str), "category": (str,),
                                    "turns": (list,)}, {"reference": (list,)})
-    seen: set[int | str] = set()
+    seen: set[str] = set()  # 1 is "1" to the judge
     for index, question in enumerate(questions):
         if not question["turns"] or not all(isinstance(turn, str) for turn in question["turns"]):
             raise InputError(f"{path}: record {index}: field 'turns' must be a list of texts, at "
                              "least one")
-        if question["question_id"] in seen:
+        if (name := str(question["question_id"])) in seen:
             raise InputError(f"{path}: record {index}: field 'question_id' repeats that of an "
                              "earlier record; keep one of them")
-        seen.add(question["question_id"])
+        seen.add(name)
     return questions
 
 

@@ -270,9 +270,10 @@ def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) ->
         figure, axis = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
         x, middles, lows, highs = zip(*curve.values(), strict=True)
         axis.errorbar(x, middles, [lows, highs], marker="o", capsize=3)
-        for name in points.keys() - curve.keys():
-            axis.axhline(points[name][1], linestyle="--", color="gray", label=name)
-            axis.legend(frameon=False)
+        for name, point in points.items():
+            if name not in curve:
+                axis.axhline(point[1], linestyle="--", color="gray", label=name)
+                axis.legend(frameon=False)
         axis.set(xlabel=listed["curve"], ylabel="%", xticks=x)
     axis.set_title(re.sub(r"^(.{60}).+", r"\1 ...", listed["title"]), fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
