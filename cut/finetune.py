@@ -1,6 +1,7 @@
 """The steps of `finetune_unlikelihood.py`: check -> data -> run folder -> model -> trainer -> save.
 
-Imported by that script only; in a notebook use `cut.data`, `cut.trainer` and `lm` directly.
+`scripts/online.py` checks its settings here too; in a notebook use `cut.data`, `cut.trainer` and
+`lm` directly.
 """
 
 import math
@@ -22,7 +23,7 @@ from lm.log_probs import check_head
 from lm.quantized import keep_gradients
 from lm.records import InputError, first_line, read_records
 from lm.templates import load_template
-from lm.trainers import LastStepLogged, NonFiniteLoss
+from lm.trainers import LastStepLogged
 
 AT_LEAST = {"batch_size": 1, "micro_batch_size": 1, "cutoff_len": 1, "logging_steps": 1,
             "save_steps": 1, "lora_r": 1, "lora_alpha": 1, "warmup_steps": 0, "learning_rate": 0,
@@ -67,12 +68,22 @@ def check(flags: dict, processes: int | None = None) -> SimpleNamespace:
     if settings.full_finetune and settings.load_in not in ("auto", "bf16", "fp32"):
         raise InputError(f"--full_finetune cannot train --load_in {settings.load_in} weights; "
                          "use bf16 or fp32")
-    quantized = settings.load_in in ("8bit", "4bit") or (
-        settings.load_in == "auto" and torch.cuda.is_available() and not settings.full_finetune)
-    if quantized and models.shards_weights():
+    load_in = models.training_precision(settings.load_in, settings.full_finetune)
+    if load_in in ("8bit", "4bit") and models.shards_weights():
         raise InputError("FSDP and ZeRO-3 cannot shard 8-bit and 4-bit weights; add --load_in bf16")
     if settings.as_in_paper and not settings.gamma:
         settings.gamma = 1.0
+    _check_objective(settings)
+    if settings.wandb_project and settings.report_to == "none":
+        settings.report_to = "wandb"
+    runs.check_trackers(settings.report_to)
+    settings.world_size = processes or runs.world_size()
+    settings.accumulation = _accumulation(settings)
+    return settings
+
+
+def _check_objective(settings: SimpleNamespace) -> None:
+    """Stop at what an objective does not do; `without` becomes what it leaves out of CUT."""
     settings.without = left_out(settings.objective, settings.without, settings.gamma)
     if settings.visualize and settings.objective != "cut":
         raise InputError("--visualize shows what CUT flags; leave out --objective")
@@ -89,12 +100,6 @@ def check(flags: dict, processes: int | None = None) -> SimpleNamespace:
     if settings.as_released and settings.objective.startswith("ilf_"):
         raise InputError("--as_released keeps failed judgments, by which nothing is refined; leave "
                          f"it out with --objective {settings.objective}")
-    if settings.wandb_project and settings.report_to == "none":
-        settings.report_to = "wandb"
-    runs.check_trackers(settings.report_to)
-    settings.world_size = processes or runs.world_size()
-    settings.accumulation = _accumulation(settings)
-    return settings
 
 
 def _check_numbers(settings: SimpleNamespace) -> None:
@@ -192,7 +197,8 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     validate = bool(settings.val_set_size)
     half = on_gpu and (settings.load_in != "fp32" or settings.full_finetune)
-    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = (half and settings.load_in != "fp16"
+            and torch.cuda.is_bf16_supported(including_emulation=False))
     options = dict(
         output_dir=settings.output_dir,
         per_device_train_batch_size=settings.micro_batch_size,
@@ -241,9 +247,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
 def load_model(settings: SimpleNamespace):
     """The base model with LoRA layers, or with every weight trainable."""
     set_seed(settings.seed)  # LoRA's first weights
-    load_in = settings.load_in
-    if settings.full_finetune and load_in == "auto":
-        load_in = "fp32"  # master weights; the forward pass runs in bf16 on a GPU
+    load_in = models.training_precision(settings.load_in, settings.full_finetune)
     model = models.load_model(settings.base_model, load_in, settings.attn_implementation)
     models.refuse_adapter(model, settings.base_model)
     if load_in == "4bit":
@@ -299,15 +303,9 @@ def make_trainer(settings: SimpleNamespace, arguments: TrainingArguments, model,
 
 def train(settings: SimpleNamespace, trainer: Trainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
-    if torch.cuda.is_available():
-        # TF32 for what is left in fp32: 8-bit layers pass gradients on in it. (The check of the
-        # head, which compares exactly, is over.)
-        torch.set_float32_matmul_precision("high")
-    try:
-        with runs.full_disk_in_one_line(settings.output_dir):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except NonFiniteLoss as error:
-        raise InputError(str(error)) from error
+    runs.allow_tf32()
+    with runs.full_disk_in_one_line(settings.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def save(settings: SimpleNamespace, trainer: Trainer, data: Data) -> None:

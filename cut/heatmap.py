@@ -70,6 +70,8 @@ def show(model, tokenizer, examples: Sequence[Example], rows: Sequence[Rows],
 @torch.no_grad()
 def token_ratios(model, tokenizer, rows: Rows, settings: CutSettings) -> TokenRatios:
     """Run a pair's two rows and compare their response tokens, as training does."""
+    if rows.misaligned is None:
+        raise InputError(f"{rows.record}: has no judgment, so nothing is compared")
     batch = collate([rows], pad_id=0).to(model.device)
     with evaluating(model):
         flat = supervised_log_probs(model, batch.input_ids, batch.loss_mask)
@@ -106,7 +108,7 @@ def pieces_of(tokenizer, ids: Sequence[int], count: int) -> tuple[str, ...]:
 def flagged_shares(shown: Sequence[TokenRatios],
                    thresholds: Sequence[float] = THRESHOLDS) -> dict[float, float]:
     """The share of all shown tokens that is in U, for each threshold."""
-    total = sum(len(tokens.pieces) for tokens in shown)
+    total = max(sum(len(tokens.pieces) for tokens in shown), 1)
     return {threshold: sum(
         _losses(tokens.judged, tokens.plain, threshold=threshold,
                 weight_unlike=1.0).inappropriate.sum().item() for tokens in shown) / total

@@ -58,9 +58,15 @@ def cut_loss(
     Returns fp32 values whatever the dtype that came in. Detached: U, and the weight p^gamma, so
     the judged probabilities get no gradient from L1. The domain of log(1 - p) is p < 1, which
     holds inside U whenever threshold >= 1, as p(y|x) < 1/threshold there; for thresholds below 1,
-    log p is held at -2^-24. An example without any token (all masked) costs 0.
+    log p is held at -2^-24. An example without any token (all masked) costs 0. Other shapes are a
+    ValueError; that values are log-probabilities is not checked, as it would have a GPU waited for.
     """
+    shapes = {tuple(each.shape) for each in (aligned, misaligned, response_mask)}
+    if len(shapes) > 1 or negative.shape != aligned.shape[:1]:
+        raise ValueError(f"expected [B, N] log-probabilities and masks and a [B] `negative`; got "
+                         f"{[*map(list, shapes)]} and {list(negative.shape)}")
     aligned, misaligned = aligned.float(), misaligned.float()
+    response_mask, negative = response_mask.bool(), negative.bool()
     mle_mask = response_mask if mle_mask is None else mle_mask
     contrasted = response_mask & negative[:, None]
     misaligned = torch.where(contrasted, misaligned, 0.0)

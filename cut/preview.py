@@ -59,9 +59,7 @@ def visualize(settings: SimpleNamespace, data: Data) -> None:
 def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
     """Weights, what is trained, and activations of the largest forward pass, as one line."""
     on_gpu = torch.cuda.is_available()
-    load_in = settings.load_in
-    if load_in == "auto":
-        load_in = "fp32" if settings.full_finetune or not on_gpu else "8bit"
+    load_in = models.training_precision(settings.load_in, settings.full_finetune)
     config = AutoConfig.from_pretrained(models.resolve_model(settings.base_model))
     stored = config.dtype.itemsize if config.dtype else 4
     weight_bytes = {"8bit": 1, "4bit": 0.55, "bf16": 2, "fp16": 2, "fp32": 4,

@@ -19,11 +19,18 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from cut.data import Batch, Rows, collate, within_budget
 from cut.loss import CutLoss, cut_loss
 from lm.log_probs import supervised_log_probs, supervised_log_probs_by_length
-from lm.trainers import FiniteGradients, InParts, NonFiniteLoss, WholeCheckpoints
+from lm.records import InputError
+from lm.trainers import (
+    FiniteGradients,
+    FullPrecision,
+    InParts,
+    NonFiniteLoss,
+    WholeCheckpoints,
+)
 
 # One record a forward is as fast as four on a CPU and needs a third of the memory; a GPU wants
 # enough tokens to fill its matrix units.
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 8192}
+TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 4096}
 PADDING = -1  # the index of an example without weight
 
 
@@ -39,16 +46,31 @@ class CutSettings:
     align_n: bool = True
 
 
-class CutTrainer(WholeCheckpoints, InParts, Trainer):
-    """`Trainer` with the CUT loss; `train_dataset` and `eval_dataset` are lists of `Rows`."""
+class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
+    """`Trainer` with the CUT loss; `train_dataset` and `eval_dataset` are lists of `Rows`.
 
-    def __init__(self, *args, settings: CutSettings, pad_id: int, group_by_length: bool = False,
-                 train_dataset: Sequence[Rows], **kwargs):
-        kwargs.setdefault("data_collator", list)  # a micro-batch is padded part by part
-        super().__init__(*args, train_dataset=PaddedExamples(train_dataset), **kwargs)
+    What would need logits, another loss or another collator is refused. `pad_id` is never looked
+    at by the model, so that any will do.
+    """
+
+    def __init__(self, model=None, args=None, data_collator=None,
+                 train_dataset: Sequence[Rows] | None = None, eval_dataset=None, *,
+                 settings: CutSettings = CutSettings(), pad_id: int | None = 0,
+                 group_by_length: bool = False, **kwargs):
+        for name, given in {"data_collator": data_collator, **{name: kwargs.get(name) for name in (
+                "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")}}.items():
+            if given is not None:
+                raise InputError(f"{name}: CutTrainer has its own rows and loss, and no logits; "
+                                 "leave it out")
+        if args is not None and args.label_smoothing_factor:
+            raise InputError("label_smoothing_factor: the CUT loss has none; leave it out")
+        super().__init__(model, args, list,  # a micro-batch is padded part by part
+                         PaddedExamples(train_dataset) if train_dataset is not None else None,
+                         eval_dataset, **kwargs)
         self.settings = settings
-        self.pad_id = pad_id
-        self.group_by_length = group_by_length
+        self.pad_id = pad_id or 0
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        self.order = "group_by_length" if group_by_length else strategy
         self.model_accepts_loss_kwargs = True  # the loss is divided by the examples of the step
         self.statistics = Statistics(self.args.device)
         self.add_callback(FiniteGradients())
@@ -66,8 +88,9 @@ class CutTrainer(WholeCheckpoints, InParts, Trainer):
             bad = batch.records[int((~torch.isfinite(losses.loss)).nonzero()[0, 0])]
             raise NonFiniteLoss(f"{bad}: the loss is not finite at step "
                                 f"{self.state.global_step + 1}; the last checkpoint is kept")
-        if not model.training:
-            return losses.loss.mean()
+        if num_items_in_batch is None:  # not a part of an optimizer step
+            loss = (losses.loss * batch.weight).sum() / batch.weight.sum().clamp(min=1)
+            return (loss, losses) if return_outputs else loss
         self.statistics.add(losses, batch)
         total = (losses.loss * batch.weight).sum()
         return total / num_items_in_batch * self.accelerator.num_processes
@@ -85,7 +108,7 @@ class CutTrainer(WholeCheckpoints, InParts, Trainer):
 
     def parts(self, examples: list[Rows]) -> list[list[Rows]]:
         """Few enough examples for the token budget of a forward pass."""
-        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
+        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
         return [examples] if self.is_sharded() else within_budget(examples, budget)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Rows]], device) -> Tensor:
@@ -96,14 +119,17 @@ class CutTrainer(WholeCheckpoints, InParts, Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         examples = train_dataset or self.train_dataset
         even = self.args.per_device_train_batch_size * self.args.world_size
-        return EpochSampler(examples, self.args.seed, even, self.args.gradient_accumulation_steps,
-                            self.group_by_length)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(examples, seed, even, self.args.gradient_accumulation_steps, self.order)
 
 
 class PaddedExamples(Dataset):
     """Examples, and under index `PADDING` the shortest one again, without weight."""
 
     def __init__(self, examples: Sequence[Rows]):
+        if not len(examples) or not isinstance(examples[0], Rows):
+            raise InputError("train_dataset: expected a list of at least one `Rows`, as "
+                             "`cut.data.rows_of` makes them of an example")
         self.examples = examples
         self.padding = replace(min(examples, key=lambda example: example.tokens), weight=0.0)
 
@@ -122,12 +148,12 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, dataset: PaddedExamples, seed: int, even: int, accumulation: int,
-                 group_by_length: bool):
+                 order: str):
         self.dataset = dataset
         self.seed = seed
         self.even = even
         self.batch_size = even * accumulation
-        self.group_by_length = group_by_length
+        self.order = order  # random, group_by_length or sequential
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -139,7 +165,9 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.group_by_length:
+        if self.order == "sequential":
+            order = list(range(len(self.dataset)))
+        elif self.order == "group_by_length":
             lengths = [example.tokens for example in self.dataset.examples]
             order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
         else:

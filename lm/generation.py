@@ -58,6 +58,8 @@ def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     last sequence of any of them has ended. Each must have a prompt.
     """
     check_sampling(max_new_tokens, token_budget, temperature, top_p)
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; give a list of them")
     if not isinstance(prompts, Mapping):
         prompts = dict(enumerate(prompts))
     rows = {index: ids_of(tokenizer, prompt) for index, prompt in prompts.items()}

@@ -96,6 +96,19 @@ def load_model(base_model: str, load_in: str = "auto", attn_implementation: str 
     return model
 
 
+def training_precision(load_in: str, every_weight: bool) -> str:
+    """What auto means where an adapter or every weight is trained by CUT.
+
+    8bit on a GPU, the released setting; fp32 for weights that are trained, since they add up small
+    changes, and on a CPU.
+    """
+    import torch
+
+    if load_in != "auto":
+        return load_in
+    return "fp32" if every_weight or not torch.cuda.is_available() else "8bit"
+
+
 def precision(load_in: str) -> str:
     """What auto means where nothing is trained: the checkpoint's own on a GPU, fp32 on a CPU."""
     import torch
@@ -237,13 +250,14 @@ def context_of(model: "Module | str") -> int | None:
 
 @contextlib.contextmanager
 def evaluating(model: "Module") -> Iterator[None]:
-    """Evaluation mode, which is given back as it was."""
-    was_training = model.training
+    """Evaluation mode; each module gets its own back."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def unwrapped(model: "Module") -> "Module":

@@ -65,7 +65,8 @@ def world_size(**options) -> int:
                          "use torchrun --nproc_per_node=N")
     if state.is_main_process:
         print(f"processes: {launched} ({state.distributed_type.value}) on {state.device.type}")
-        if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if not torch.cuda.is_available() and not hidden and shutil.which("nvidia-smi"):
             print(f"warning: this machine has nvidia-smi, but torch {torch.__version__} finds no "
                   "GPU (`nvidia-smi` and torch.version.cuda tell which CUDA each knows); this run "
                   "is on the CPU", file=sys.stderr)
@@ -74,6 +75,18 @@ def world_size(**options) -> int:
             print(f"note: {idle} more GPUs are idle; torchrun --nproc_per_node={idle + 1} "
                   "uses them all")
     return launched
+
+
+def allow_tf32() -> None:
+    """TF32 for the products that a GPU has left in fp32, from here on.
+
+    Layers in 8 bits pass gradients on in it, and an output head makes its logits. For trainings,
+    once what compares exactly is over.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
 
 
 def is_main() -> bool:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from lm.models import is_quantized
+from lm.records import InputError
 
 
 class InParts:
@@ -61,8 +62,9 @@ class FullPrecision:
     """What accelerate and trl would round to bf16, and must not; before a trainer of trl.
 
     Under FSDP2 in bf16 accelerate has the model's outputs cast to bf16: log-probs that are
-    computed inside the model would lose whole nats before the loss compares them. And trl casts
-    adapters on quantized weights to bf16, in which small updates vanish.
+    computed inside the model would lose whole nats before the loss compares them. It has gradients
+    summed over the processes in bf16 too. And trl casts adapters on quantized weights to bf16, in
+    which small updates vanish.
     """
 
     def __init__(self, *args, **kwargs):
@@ -76,11 +78,11 @@ class FullPrecision:
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy:
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy,
-                                                    output_dtype=None)
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLoss(InputError):
     """Training met a loss or gradient that is not a number."""
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 CONFIG = "configs/tables.yaml"
+JOBS_ON_GPU = 8  # most of a cell's time goes to starting programs, and its model is small
 
 
 def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
@@ -62,7 +63,7 @@ def main(size: str = "smoke", only: str = "", jobs: int = 0, threads: int = 0,
         size: smoke|cpu|gpu, or another one of the config.
         only: rows or tables, as a regular expression over the whole name, such as "base|cut";
             what they build on is run too. Empty is all.
-        jobs: cells at a time; 0 is one a core, or one on a GPU.
+        jobs: cells at a time; 0 is one a core, on a GPU eight at most.
         threads: of each cell; 0 shares the cores among the jobs.
         go_on: take the cells of RESULTS/SIZE.json for done, whose folders may be on another
             machine, where they were made of the same commands and inputs; one whose folder another
@@ -125,7 +126,7 @@ def shared_out(jobs: int, threads: int) -> tuple[int, int]:
     if jobs < 0 or threads < 0:
         raise InputError(f"--jobs {jobs} and --threads {threads} must be 0 (chosen here) or more")
     cores = len(os.sched_getaffinity(0))
-    jobs = jobs or (1 if gpu() else cores)
+    jobs = jobs or (min(cores, JOBS_ON_GPU) if gpu() else cores)
     return jobs, threads or max(1, cores // jobs)
 
 

@@ -96,13 +96,15 @@ def get_conditional_labels(input_ids: Sequence[int] | Tensor, assistant_ids: Seq
     """Labels found by searching for the markers of turns: from each assistant marker to the next
     user marker, or to the end.
 
-    Kept for compatibility. A text that quotes a marker misleads it; `preprocess.row_of` builds
+    Kept for compatibility. A text that quotes a marker misleads it; `self_judge.rows.row_of` builds
     ids and mask together instead.
 
     >>> get_conditional_labels([1, 7, 5, 8, 6, 2, 7, 4, 8, 3], assistant_ids=[8], user_ids=[7])
     [-100, -100, -100, -100, 6, 2, -100, -100, -100, 3]
     """
     ids = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
+    if not all(isinstance(token, int) for token in ids):
+        raise InputError("input_ids: expected the ids of one row, not of several")
     labels, learnt, place = [], False, 0
     while place < len(ids):
         markers = ((assistant_ids, True), (user_ids or [], False))

@@ -67,7 +67,12 @@ def copy_of(model: PreTrainedModel | str, peft_config: object) -> PreTrainedMode
 
     if peft_config is not None or isinstance(model, str | PeftModel):
         return None
-    return None if is_deepspeed_zero3_enabled() else copy.deepcopy(model)
+    if is_deepspeed_zero3_enabled():
+        return None
+    twin = copy.deepcopy(model)
+    for patched in ("forward", "_original_forward"):  # earlier trainers', with `model`'s weights
+        vars(twin).pop(patched, None)
+    return twin
 
 
 def as_dataset(rows):

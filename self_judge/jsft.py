@@ -64,7 +64,7 @@ def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> Jsf
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error
     if not trainer.is_sharded():
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # flash attention takes no fp32
             check_head(trainer.model, data.train[0]["input_ids"][:32])
     launch.tell_trained(config, trainer)
     return trainer

@@ -28,8 +28,10 @@ from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
 from lm.records import InputError
 from lm.trainers import (
+    FiniteGradients,
     FullPrecision,
     InParts,
+    NonFiniteLoss,
     WholeCheckpoints,
     present_rows,
     present_rows_of_evaluation,
@@ -37,7 +39,7 @@ from lm.trainers import (
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
 
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 16384}  # padding included; at least one row
+TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 4096}  # padding included; at least one row
 KINDS = ("sft", "judgment")
 UNPADDED = "flash_attention_2"  # attention that finds the rows' bounds by their positions
 
@@ -65,6 +67,7 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
             own.router_aux_loss_coef = balance  # trl notes its own 0 there, which would be saved
         self.is_unpadded = self.model.config._attn_implementation == UNPADDED
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the step
+        self.add_callback(FiniteGradients())
         self.held_out, self.judge_templates = held_out, judge_templates
         self.judge_options = dict(judge_options or {})
         self.sums = {mode: Sums(self.args.device) for mode in ("train", "eval")}
@@ -89,7 +92,7 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         found = [inputs]
         if not (self.is_sharded() or self.aux_loss_enabled):  # balance is a micro-batch's
             lengths = inputs["attention_mask"].sum(-1).tolist()
-            budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
+            budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
             found = [{name: value[rows, :lengths[rows[0]]] for name, value in inputs.items()}
                      for rows in token_budget_batches(dict(enumerate(lengths)), 0, budget)]
         return [end_to_end(part) for part in found] if self.is_unpadded else found
@@ -117,8 +120,9 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
 
     def _stop_unless_finite(self, loss: Tensor) -> None:
         if not loss.isfinite():
-            raise InputError(f"the loss is not finite at step {self.state.global_step + 1}; the "
-                             "last checkpoint is kept; try a lower training_args.learning_rate")
+            raise NonFiniteLoss(f"the loss is not finite at step {self.state.global_step + 1}; "
+                                "the last checkpoint is kept; try a lower "
+                                "training_args.learning_rate")
 
     def _log_probs(self, model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[S] of the supervised tokens, and which of them are a judgment's."""

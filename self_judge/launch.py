@@ -17,11 +17,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from lm import models, runs
+from lm.quantized import keep_gradients
 from lm.records import InputError, first_line
-from preprocess import MAX_LENGTH, has_split
+from preprocess import MAX_LENGTH
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
-from self_judge.sources import local_files, settings_of
+from self_judge.sources import has_split, local_files, settings_of
 from self_judge.templates import DECISION, decision_ids, judge_templates, load_templates
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ def load_model(config: Config, seed: int, role: str = "model"):
             print(note)
     set_seed(seed)
     model = load_base(base, load_in, attention(config))
+    if load_in == "4bit":
+        keep_gradients(model)
     models.refuse_adapter(model, base.model)
     return model
 
@@ -243,6 +246,7 @@ def tell_trained(config: Config, trainer: Trainer) -> None:
 
 def train(config: Config, trainer: Trainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
+    runs.allow_tf32()
     with runs.full_disk_in_one_line(config.training_args["output_dir"]):
         trainer.train(resume_from_checkpoint=checkpoint)
 

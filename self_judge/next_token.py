@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lm.generation import left_pad, token_budget_batches
+from lm.log_probs import logits_of
 from lm.models import evaluating, output_head, unwrapped, without_adapter
 from lm.records import InputError
 from lm.templates import common_start
@@ -181,13 +182,19 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor,
         hidden = arguments[0]
         return (hidden[rows.to(hidden.device), last.to(hidden.device), None], *arguments[1:])
 
-    hook = output_head(model).register_forward_pre_hook(keep_last)
+    def in_fp32(head: nn.Module, arguments: tuple, logits: Tensor) -> Tensor:
+        return logits if logits.dtype == torch.float32 else logits_of(head, arguments[0])
+
+    head = output_head(model)
+    hooks = [head.register_forward_pre_hook(keep_last),
+             head.register_forward_hook(in_fp32, prepend=True)]  # while its weights are gathered
     try:
         output = model(input_ids=ids.to(device), **{
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()})
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     logits = output.logits  # [R, T, V] if the model computes them without calling its head
     return (logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]).float(), \
         output.get("past_key_values")

@@ -22,7 +22,7 @@ from self_judge.metrics import count_lengths, count_step, counted_tokens
 from self_judge.pairs import Comparison, Row, empty_row, keep_end, part_of
 
 # A pair a forward is as fast as several on a CPU, with less memory; a GPU wants its units filled.
-TOKENS_PER_FORWARD = {"cpu": 256, "cuda": 16384}  # padding included; at least one pair
+TOKENS_PER_FORWARD = {"cpu": 256, "cuda": 4096}  # padding included; at least one pair
 
 
 class OnPolicy:
@@ -134,7 +134,7 @@ class OnPolicy:
         longer = lengths.view(2, -1).amax(0)
         if self.is_sharded():
             return [list(range(len(longer)))]
-        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 8192)
+        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
         return list(token_budget_batches(dict(enumerate((2 * longer).tolist())), 0, budget))
 
     def _agree(self, micro: list[dict], pairs: int) -> int:

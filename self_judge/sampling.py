@@ -116,12 +116,15 @@ class VllmEngine:
             raise InputError(f"generation engine vllm_colocate loads {folder}, which is an adapter "
                              f"without its base; write the merged model with `python merge.py "
                              f"--peft_model_path {folder}` and name that, or use vllm_server")
+        # trl's 0.9 of the card would leave nothing to the weights that are there already
+        beside_training = ({"gpu_memory_utilization": 0.3} if settings.engine == "vllm_colocate"
+                           else {})
         self.trainer = trainer
         self.vllm = VLLMGeneration(
             trainer.model, trainer.accelerator, trainer.processing_class,
             mode=settings.engine.removeprefix("vllm_"), temperature=settings.temperature,
             top_p=settings.top_p, max_completion_length=settings.max_new_tokens,
-            **{"max_model_length": max_length, **settings.vllm})
+            **{"max_model_length": max_length, **beside_training, **settings.vllm})
 
     def responses(self, prompts: Mapping[int, list[int]], seed: str) -> dict[int, Response]:
         """Responses by the prompts' keys; the two of a query stand next to each other."""

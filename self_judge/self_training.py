@@ -115,7 +115,7 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error
     if not trainer.is_sharded():
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # flash attention takes no fp32
             check_head(trainer.model, prompt_ids(data.tokenizer, data.train[0]["query"])[:32])
     launch.tell_trained(config, trainer)
     if runs.is_main() and not _offline(config):

@@ -43,7 +43,14 @@ from trl.trainer.utils import global_then_local_main_first
 from lm.fused_head import NOT_MEASURED, score_responses_only
 from lm.models import context_of
 from lm.records import InputError
-from lm.trainers import FullPrecision, InParts, WholeCheckpoints, present_rows_of_evaluation
+from lm.trainers import (
+    FiniteGradients,
+    FullPrecision,
+    InParts,
+    NonFiniteLoss,
+    WholeCheckpoints,
+    present_rows_of_evaluation,
+)
 from self_judge.collators import SelfJudgeCollator
 from self_judge.config import CHOICES
 from self_judge.inputs import (
@@ -144,6 +151,7 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
             model=model, ref_model=ref_model or copy_of(model, peft_config), args=args,
             train_dataset=self.train_rows, eval_dataset=as_dataset(eval_dataset),
             processing_class=processing_class or tokenizer, peft_config=peft_config, **kwargs)
+        self.add_callback(FiniteGradients())
         self.data_collator = Collator(data_collator or SelfJudgeCollator(self.processing_class),
                                       self.data_collator)
         self.means = {mode: Means(PER_PAIR + PER_STEP * (mode == "train"), self.args.device)
@@ -152,7 +160,6 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
         self.told_of_skips = False
         self.log_probs: list[Tensor] = []  # of rows, [2B]: the policy's, then the reference's
         for scored in filter(None, (self.model, self.ref_model)):
-            scored.register_forward_hook(self._scale_log_probs, with_kwargs=True)
             if not self.aux_loss_enabled:  # a mixture of experts' own loss is left to trl's head
                 score_responses_only(self.accelerator.unwrap_model(scored))
         if sampling:
@@ -210,10 +217,16 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
         if present is None:  # evaluation, see prediction_step
             return loss
         if not loss.isfinite():
-            raise InputError(f"the loss is not finite at step {self.state.global_step + 1}; the "
-                             "last checkpoint is kept; try a lower training_args.learning_rate")
+            raise NonFiniteLoss(f"the loss is not finite at step {self.state.global_step + 1}; "
+                                "the last checkpoint is kept; try a lower "
+                                "training_args.learning_rate")
         total = loss * len(present) - self._empty_loss() * (~present).sum()
         return total / num_items_in_batch * self.accelerator.num_processes
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """On rows of pairs, as `evaluate` takes them."""
+        prepared = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+        return super().predict(prepared, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """trl's: the mean over the given pairs; of repeated ones nothing counts."""
@@ -238,7 +251,13 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
 
     def _compute_loss(self, model, inputs, return_outputs):
         self.log_probs.clear()
-        result = super()._compute_loss(model, inputs, return_outputs)
+        hooks = [scored.register_forward_hook(self._scale_log_probs, with_kwargs=True)
+                 for scored in filter(None, (self.model, self.ref_model))]
+        try:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        finally:  # another trainer of these models has a hook of its own
+            for hook in hooks:
+                hook.remove()
         self._count_pairs(inputs["completion_mask"].any(1).chunk(2)[0], *self.log_probs)
         return result
 

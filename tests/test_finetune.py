@@ -466,8 +466,12 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch):
 def test_a_gpu_that_torch_does_not_find_is_told(monkeypatch, capsys):
     """Or a 13B model would be trained on the CPU, for weeks."""
     monkeypatch.setattr("shutil.which", {"nvidia-smi": "/usr/bin/nvidia-smi"}.get)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runs.world_size()
     assert "warning: this machine has nvidia-smi, but torch" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # somebody has hidden it
+    runs.world_size()
+    assert capsys.readouterr().err == ""
 
 
 def test_quantized_layers_are_not_compiled(train):

@@ -178,3 +178,9 @@ def test_processor_is_what_transformers_expects():
     ids, _ = left_pad([[1, 2]], 0)
     sampler = Sampler([0], 2, 3, temperature=1.0, top_p=1.0, seed=0)
     assert LogitsProcessorList([sampler])(ids, torch.zeros(1, 5)).argmax() in range(5)
+
+
+def test_one_text_is_no_list_of_texts(tiny_llama):
+    with pytest.raises(InputError, match="prompts is one text; give a list"):
+        generate(load_model(str(tiny_llama)), load_tokenizer(str(tiny_llama)), "Hello",
+                 max_new_tokens=2)

@@ -5,6 +5,8 @@
 Random models judge, except where a test says that the judge is a script.
 """
 
+import copy
+
 import pytest
 import torch
 from conftest import ROOT
@@ -136,6 +138,22 @@ def test_equals_the_full_logits(name, saving, tokenizer, monkeypatch):
     expected = plain(model, tokenizer)
     assert expected.std() > 1e-5 * 10  # the texts make a difference that 1e-5 would not hide
     close(found, expected)
+
+
+def test_a_judge_in_half_precision_does_not_round_its_logits(llama):
+    """In bf16 logits near 20 are eighths: A and B would tie that are none."""
+    model = copy.deepcopy(llama).to(torch.bfloat16)
+    kept = []
+    hook = model.get_decoder().register_forward_hook(
+        lambda module, arguments, output: kept.append(output.last_hidden_state))
+    with torch.no_grad():
+        logits, _ = next_token.last_logits(model, torch.tensor([[5, 6, 7], [8, 9, 0]]),
+                                           torch.tensor([3, 2]), use_cache=False)
+    hook.remove()
+    hidden = kept[0][torch.arange(2), torch.tensor([2, 1])]
+    expected = hidden.double() @ model.get_output_embeddings().weight.double().T
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (logits.bfloat16().double() - expected).abs().max() > 1e-4  # what rounding does
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

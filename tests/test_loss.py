@@ -94,6 +94,18 @@ def test_loss_by_hand():
                                                             [0.0, 0.0, 0.0]]))
 
 
+def test_integer_masks_are_masks_and_other_shapes_are_refused():
+    aligned = torch.tensor([[-1.0, -2.0], [-0.5, -0.1]])
+    masks = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1, 0])
+    as_ints = cut_loss(aligned, aligned - 1, *masks, threshold=1.1, weight_unlike=0.5)
+    as_bools = cut_loss(aligned, aligned - 1, masks[0].bool(), masks[1].bool(), threshold=1.1,
+                        weight_unlike=0.5)
+    assert torch.equal(as_ints.loss, as_bools.loss)
+    for others in ((aligned[:1], *masks), (aligned, masks[0], masks[1][:, None])):
+        with pytest.raises(ValueError, match=r"expected \[B, N\] log-probabilities"):
+            cut_loss(aligned, *others, threshold=1.1, weight_unlike=0.5)
+
+
 def test_gradient_by_hand():
     """As above with gamma 0: d/dlog p of log(1 - p) is -p / (1 - p).
 

@@ -206,3 +206,11 @@ def test_what_is_no_adapter_is_one_line(tiny_llama, tmp_path):
         models.find_adapter(str(tiny_llama))
     with pytest.raises(InputError, match="org/none: no adapter folder here, and not reachable"):
         models.find_adapter("org/none")
+
+
+def test_every_module_gets_its_own_mode_back(tiny_llama):
+    model = models.load_model(str(tiny_llama)).train()
+    frozen = model.model.layers[0].eval()
+    with models.evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and not any(module.training for module in frozen.modules())

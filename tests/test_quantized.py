@@ -3,6 +3,7 @@
 import bitsandbytes.autograd._functions as bnb
 import pytest
 import torch
+from conftest import ROOT
 
 from lm.log_probs import supervised_log_probs
 from lm.models import add_lora, load_model
@@ -73,3 +74,18 @@ def test_the_layer_is_changed_once(as_on_cuda):
     once = bnb.MatMul8bitLt.forward
     forget_inputs()
     assert bnb.MatMul8bitLt.forward is once
+
+
+def test_self_judges_4bit_layers_keep_passing_gradients_after_sampling(tiny_llama, monkeypatch):
+    """Where a CPU has AVX512-BF16, the first forward in evaluation mode would pack them."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    from bitsandbytes.nn import Linear4bit
+
+    from self_judge.config import load_config
+    from self_judge.launch import load_model as load_base_model
+
+    config = load_config(str(ROOT / "configs" / "sample_self_judge.yaml"), [
+        f"model.pretrained_model_name_or_path={tiny_llama}", "model.load_in=4bit"])
+    layers = [module for module in load_base_model(config, seed=0).modules()
+              if isinstance(module, Linear4bit)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -29,6 +29,7 @@ from lm.generation import Response, generate
 from lm.models import load_model
 from lm.records import InputError
 from lm.templates import prompt_ids, response_ids
+from lm.trainers import NonFiniteLoss
 from self_judge import on_policy
 from self_judge.inputs import training_arguments
 from self_judge.metrics import PER_PAIR
@@ -271,6 +272,16 @@ def test_every_trained_parameter_moves_and_no_other(make):
 # --- responses -> judgment -> pair -----------------------------------------------------------
 
 
+def test_gradient_that_is_no_number_never_reaches_the_weights(make, script):
+    trainer = make()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    trained[0].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteLoss, match="the gradient is not finite at step 1"):
+        trainer.train()
+    assert all(map(torch.equal, trained, before))
+
+
 def test_trains_on_the_sampled_ids_and_eos_only_where_it_was_sampled(make, script, tiny_llama):
     """The rows' ids are those that `generate` draws; a response that was cut has no EOS."""
     seen = script()
@@ -465,6 +476,29 @@ def test_full_fine_tuning_compares_with_the_weights_in_memory(make, tiny_llama):
     trainer = make({"max_steps": 1}, peft_config=None, ref_model=reference)
     assert trainer.ref_model is reference
     assert steps(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_a_second_trainer_of_the_same_models_has_the_same_loss(make, tiny_llama, loss_type):
+    """A notebook's cell is run again, or several losses share a reference."""
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2))
+    moved(model)
+    common = {"model": model, "ref_model": reference, "peft_config": None, "pairs": "given",
+              "eval_dataset": ROWS[:3]}
+    found = []
+    for kind in (loss_type, "ipo", loss_type):
+        trainer = make(loss_type=kind, average_log_prob=kind == "sigmoid", **common)
+        found.append(trainer.evaluate()["eval_loss"])
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
+    assert trainer.predict(ROWS[:3]).metrics["test_loss"] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_second_full_fine_tuning_compares_with_the_weights_of_its_start(make, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for _ in range(2):
+        trainer = make({"max_steps": 1}, model=model, peft_config=None, pairs="given")
+        assert steps(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert trainer.evaluate(ROWS[:3])["eval_loss"] != pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_evaluation_scores_the_given_pairs_and_samples_nothing(make, script):

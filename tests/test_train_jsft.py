@@ -323,7 +323,25 @@ def test_a_mixture_that_trl_has_saved_generates(mixture, tmp_path):
 def test_rarer_losses_stop_at_what_is_no_number(train):
     settings = {"training_args.learning_rate": 1e30, "training_args.loss_type": "dft"}
     assert_one_line(train(settings | {"training_args.disable_tqdm": "true"}),
-                    "the loss is not finite at step")
+                    "is not finite at step 2; the last checkpoint is kept")
+
+
+def test_gradient_that_is_no_number_never_reaches_the_weights(train, monkeypatch):
+    """A model saved with such weights would be where the next run goes on."""
+    seen = {}
+    step = jsft_trainer.JsftTrainer.training_step
+
+    def poisoned(self, model, *inputs):
+        loss = step(self, model, *inputs)
+        weight = next(p for p in model.parameters() if p.grad is not None)
+        seen["model"] = model
+        weight.grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(jsft_trainer.JsftTrainer, "training_step", poisoned)
+    assert_one_line(train({"training_args.disable_tqdm": "true"}),
+                    "the gradient is not finite at step 1; the last checkpoint is kept")
+    assert all(parameter.isfinite().all() for parameter in seen["model"].parameters())
 
 
 # --- what cannot be meant ----------------------------------------------------------------------

@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from cut import trainer as trainer_module
 from cut.data import Row, Rows, collate
@@ -23,6 +29,7 @@ from cut.trainer import (
     PaddedExamples,
     cut_losses,
 )
+from lm.records import InputError
 from lm.trainers import FiniteGradients, NonFiniteLoss
 
 SETTINGS = CutSettings(threshold=1.02, weight_unlike=0.5, gamma=0.5)
@@ -296,12 +303,51 @@ def test_fp16_overflow_is_left_to_the_gradient_scaler():
                                                 model=model)
 
 
+# --- what else a Trainer takes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"train_dataset": []}, "expected a list of at least one `Rows`"),
+    ({"train_dataset": ["a text"]}, "expected a list of at least one `Rows`"),
+    ({"data_collator": default_data_collator}, "data_collator: CutTrainer has its own"),
+    ({"compute_loss_func": max}, "compute_loss_func: CutTrainer has its own"),
+    ({"compute_metrics": max}, "compute_metrics: CutTrainer has its own"),
+    ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor: the CUT loss has none"),
+])
+def test_what_would_be_ignored_is_refused(change, message, tiny_llama, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **change.pop("args", {}))
+    with pytest.raises(InputError, match=message):
+        CutTrainer(with_lora(tiny_llama), args, **{"train_dataset": random_rows(2)} | change)
+
+
+def test_evaluates_alone_and_outside_a_step(tiny_llama, tmp_path):
+    rows = random_rows(3)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = CutTrainer(with_lora(tiny_llama), args, eval_dataset=rows)
+    expected = torch.cat([found.loss for found in one_by_one(trainer.model, rows, CutSettings())])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    loss, losses = trainer.compute_loss(trainer.model, rows, return_outputs=True)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert losses.loss.shape == (3,)
+
+
+def test_the_order_is_what_the_arguments_say(tiny_llama, tmp_path):
+    def order(**arguments):
+        trainer = make_trainer(with_lora(tiny_llama), random_rows(9), tmp_path, micro=1,
+                               **arguments)
+        return list(trainer._get_train_sampler())
+
+    assert order(train_sampling_strategy="sequential") == list(range(9))
+    assert order() != order(data_seed=1) != order(data_seed=2)
+    assert order(train_sampling_strategy="group_by_length") == order(group_by_length=True)
+
+
 # --- the order of the examples --------------------------------------------------------------
 
 
 def sampler(count=30, seed=0, even=4, accumulation=2, group_by_length=False):
     return EpochSampler(PaddedExamples(random_rows(count)), seed, even, accumulation,
-                        group_by_length)
+                        "group_by_length" if group_by_length else "random")
 
 
 @pytest.mark.parametrize("grouped", [False, True])
