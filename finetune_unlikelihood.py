@@ -112,6 +112,7 @@ def main(
             without the halving.
         as_released: Keep failed and blank judgments as text.
         load_in: Base precision: 8bit, 4bit, bf16, fp16, fp32; auto is 8bit on CUDA, fp32 on CPU.
+            A GPU computes in bf16 if it has it, but for fp16 weights and fp32 ones.
         full_finetune: Train every weight instead of LoRA.
         attn_implementation: sdpa, eager, flash_attention_2, ...; auto takes the fastest there is.
         gradient_checkpointing: Recompute activations: less memory, a third more time.

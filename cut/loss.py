@@ -61,13 +61,14 @@ def cut_loss(
     log p is held at -2^-24. An example without any token (all masked) costs 0. Other shapes are a
     ValueError; that values are log-probabilities is not checked, as it would have a GPU waited for.
     """
-    shapes = {tuple(each.shape) for each in (aligned, misaligned, response_mask)}
-    if len(shapes) > 1 or negative.shape != aligned.shape[:1]:
+    mle_mask = response_mask if mle_mask is None else mle_mask
+    shapes = {tuple(each.shape) for each in (aligned, misaligned, response_mask, mle_mask)}
+    if len(shapes) > 1 or aligned.ndim != 2 or negative.shape != aligned.shape[:1]:
         raise ValueError(f"expected [B, N] log-probabilities and masks and a [B] `negative`; got "
                          f"{[*map(list, shapes)]} and {list(negative.shape)}")
     aligned, misaligned = aligned.float(), misaligned.float()
-    response_mask, negative = response_mask.bool(), negative.bool()
-    mle_mask = response_mask if mle_mask is None else mle_mask
+    response_mask, mle_mask, negative = (each.bool() for each in (response_mask, mle_mask,
+                                                                  negative))
     contrasted = response_mask & negative[:, None]
     misaligned = torch.where(contrasted, misaligned, 0.0)
 

@@ -85,6 +85,9 @@ def memory_estimate(settings: SimpleNamespace, data: Data) -> str:
         weights += (4 - weight_bytes) * sum(
             {id(weight): weight.numel() for end in (model.get_input_embeddings(),
              model.get_output_embeddings()) for weight in end.parameters()}.values())
+    elif load_in != "fp32":  # lm/log_probs.py scores with an fp32 copy of the head
+        weights += 4 * sum(weight.numel()
+                           for weight in model.get_output_embeddings().parameters())
     parts = {"weights": weights, "gradients and optimizer": trained * 12,
              "activations": tokens * text.num_hidden_layers * kept * value_bytes}
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())

@@ -120,11 +120,12 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,
 
 
 def logits_of(head: nn.Module, rows: Tensor) -> Tensor:
-    """What a head makes of hidden states, [C, H] -> [C, V], in fp32 whatever its weights are.
+    """What a head makes of hidden states, [C, H] -> [C, V], in fp32.
 
     A head in bf16, or under autocast, would round its logits: near 20 to eighths, when log 1.1
-    tells an inappropriate token from others. Factors of half precision have fp32 products that
-    lose nothing, in TF32 neither.
+    tells an inappropriate token from others. A linear layer is computed in fp32 instead, where
+    products of bf16 and fp16 lose nothing, in TF32 neither. Any other head (quantized, in an
+    adapter) runs as it is, and rounds.
     """
     if not is_linear(head):
         return head.forward(rows).float()  # forward: no hooks again

@@ -86,7 +86,7 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
-    flags = locals()  # first of all
+    flags = locals()  # before there are other names
     from lm.replies import Request
 
     if max_new_tokens < 1:

@@ -78,7 +78,7 @@ def main(answers: str, baseline: str, judge_model: str, base_url: str = "", outp
         price_out: the same for the judge's tokens.
         dry_run: check the judge's settings, key and price before there are answers; ask nothing.
     """
-    flags = locals()  # first of all
+    flags = locals()  # before there are other names
     from lm.replies import Request
 
     if max_new_tokens < 1:

@@ -124,7 +124,7 @@ def main(base_model_name_or_path: str, template: str = "alpaca", data_path: str 
         max_failed: share of prompts that a server may fail to answer: the output is written
             without these, and the same command asks for them again. With more it is not written.
     """
-    flags = locals()  # first of all
+    flags = locals()  # before there are other names
     from tqdm import tqdm
 
     from lm.generation import check_sampling

@@ -101,7 +101,7 @@ def main(base_model_name_or_path: str, output_path: str, data_path: str = MT_BEN
         price_in: dollars per million prompt tokens, where configs/prices.yaml does not know them.
         price_out: the same for new tokens.
     """
-    flags = locals()  # first of all
+    flags = locals()  # before there are other names
     from self_judge.base import find_base
 
     launched(alone="generate_dialogues.py")

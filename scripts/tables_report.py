@@ -211,9 +211,10 @@ def trials(settings: Mapping, told: Record) -> Iterator[str]:
                 "Tried with the first seed and measured on validation prompts, which no table "
                 "shows; the best is used for all seeds, of equal ones the first. All methods of "
                 "a paper had as many trials; ablations and amounts of data take the rate of their "
-                "full method. A trial is one run, of online CUT its first round, and few prompts, "
-                "so that of close ones another may be the best; beyond the largest or the smallest "
-                "there may be a better one. Nothing else was searched here: the other settings are "
+                "full method. A trial is one run, of online CUT its first round, of the AI judge "
+                "with as many responses less to learn from, and few prompts, so that of close ones "
+                "another may be the best; beyond the largest or the smallest there may be a better "
+                "one. Nothing else was searched here: the other settings are "
                 "the quickstarts', which were chosen for CUT and for SELF-JUDGE.", "")
     rows = []
     for row, given in settings["rows"].items():

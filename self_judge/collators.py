@@ -103,7 +103,7 @@ def get_conditional_labels(input_ids: Sequence[int] | Tensor, assistant_ids: Seq
     [-100, -100, -100, -100, 6, 2, -100, -100, -100, 3]
     """
     ids = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
-    if not all(isinstance(token, int) for token in ids):
+    if any(isinstance(token, Sequence) for token in ids):
         raise InputError("input_ids: expected the ids of one row, not of several")
     labels, learnt, place = [], False, 0
     while place < len(ids):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from trl import SFTConfig
 
 from lm import runs
-from lm.log_probs import check_head
 from lm.models import context_of
 from lm.records import InputError, first_line
 from lm.trainers import LastStepLogged
@@ -63,9 +62,7 @@ def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> Jsf
             callbacks=[LastStepLogged()])
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error
-    if not trainer.is_sharded():
-        with trainer.accelerator.autocast():  # flash attention takes no fp32
-            check_head(trainer.model, data.train[0]["input_ids"][:32])
+    launch.check_logits(trainer, data.train[0]["input_ids"])
     launch.tell_trained(config, trainer)
     return trainer
 

@@ -206,6 +206,7 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """Ids, attention mask, labels and `judged`, all (B, T)."""
         batch = self.collate(rows)
+        batch["labels"][:, 0] = IGNORED  # nothing stands before a row's first token
         judged = torch.tensor([row.get("kind") == "judgment" for row in rows])
         judged = judged[:, None].repeat(1, batch["labels"].shape[1])  # a view cannot be pinned
         return batch | {"judged": judged}

@@ -3,6 +3,7 @@
 Imported by `self_judge/jsft.py` and `self_judge/self_training.py`, which have the steps of each.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from lm import models, runs
+from lm.log_probs import check_head
 from lm.quantized import keep_gradients
 from lm.records import InputError, first_line
 from preprocess import MAX_LENGTH
@@ -236,6 +238,15 @@ def judge_options(config: Config, tokenizer) -> dict:
     return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
 
 
+def check_logits(trainer: Trainer, ids: Sequence[int]) -> None:
+    """Stop at an architecture whose logits are not understood; sharded weights cannot be asked."""
+    if trainer.is_sharded():
+        return
+    flash = "flash" in (trainer.model.config._attn_implementation or "")  # it takes no fp32
+    with trainer.accelerator.autocast() if flash else contextlib.nullcontext():
+        check_head(trainer.model, ids[:32])
+
+
 def tell_trained(config: Config, trainer: Trainer) -> None:
     """Print how many parameters are trained."""
     if runs.is_main():
@@ -246,7 +257,8 @@ def tell_trained(config: Config, trainer: Trainer) -> None:
 
 def train(config: Config, trainer: Trainer, checkpoint: str | None) -> None:
     """All steps, from the checkpoint if there is one."""
-    runs.allow_tf32()
+    if trainer.args.tf32 is not False:
+        runs.allow_tf32()
     with runs.full_disk_in_one_line(config.training_args["output_dir"]):
         trainer.train(resume_from_checkpoint=checkpoint)
 

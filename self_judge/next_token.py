@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lm.generation import left_pad, token_budget_batches
-from lm.log_probs import logits_of
+from lm.log_probs import is_linear, logits_of
 from lm.models import evaluating, output_head, unwrapped, without_adapter
 from lm.records import InputError
 from lm.templates import common_start
@@ -183,7 +183,8 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor,
         return (hidden[rows.to(hidden.device), last.to(hidden.device), None], *arguments[1:])
 
     def in_fp32(head: nn.Module, arguments: tuple, logits: Tensor) -> Tensor:
-        return logits if logits.dtype == torch.float32 else logits_of(head, arguments[0])
+        rounded = logits.dtype != torch.float32 and is_linear(head)
+        return logits_of(head, arguments[0]) if rounded else logits
 
     head = output_head(model)
     hooks = [head.register_forward_pre_hook(keep_last),

@@ -4,9 +4,9 @@
 seed, step and the prompt's key, not from its batch, its process or a restart.
 
 `{"engine": "vllm_server", "server_base_url": "http://host:8000"}` and `{"engine": "vllm_colocate",
-"gpu_memory_utilization": 0.3}` sample with vLLM; the other keys are those of trl's
-`VLLMGeneration`, which also brings the policy's weights there before each step; how its server is
-started, trl's `vllm_client.py` says (`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
+"gpu_memory_utilization": 0.3}` (the default share of a card) sample with vLLM; the other keys are
+those of trl's `VLLMGeneration`, which also brings the policy's weights there before each step; how
+its server is started, trl's `vllm_client.py` says (`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
 --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs
 -1`). Its requests take no seed of their own, so its samples are not repeated by a run that is
 continued. The server needs CUDA. tests/test_vllm.py runs the colocated engine where vLLM is

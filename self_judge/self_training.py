@@ -12,7 +12,6 @@ from accelerate.utils.memory import clear_device_cache
 from trl import DPOConfig
 
 from lm import runs
-from lm.log_probs import check_head
 from lm.records import InputError, first_line
 from lm.templates import prompt_ids
 from lm.trainers import LastStepLogged
@@ -114,9 +113,7 @@ def make_trainer(config: Config, arguments: DPOConfig, model, data: Data) -> Sel
             **({} if _offline(config) else launch.judge_options(config, data.tokenizer)), **own)
     except ValueError as error:  # peft knows no layers of this architecture, for example
         raise InputError(f"{config.path}: {first_line(error)}") from error
-    if not trainer.is_sharded():
-        with trainer.accelerator.autocast():  # flash attention takes no fp32
-            check_head(trainer.model, prompt_ids(data.tokenizer, data.train[0]["query"])[:32])
+    launch.check_logits(trainer, prompt_ids(data.tokenizer, data.train[0]["query"]))
     launch.tell_trained(config, trainer)
     if runs.is_main() and not _offline(config):
         left_out = ["identical responses", *(["ties"] if trainer.ties == "drop" else []),

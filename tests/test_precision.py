@@ -28,7 +28,7 @@ RECORDS = [{"instruction": f"Say {word}.", "output": f"the {word} " * (3 + place
 JUDGED = [{**record, "score": None, "judgment": "It is no answer." if place % 2 else None}
           for place, record in enumerate(RECORDS)]
 SHARDED = """
-import runpy, sys
+import atexit, runpy, sys
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
@@ -41,6 +41,8 @@ State._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 State.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 AllState.__init__ = lambda self, *_, **options: start_all(
     self, **options | {"cpu": False, "mixed_precision": "bf16"})
+atexit.register(lambda: print("gradients are summed in", AllState._shared_state[
+    "fsdp_plugin"].mixed_precision_policy.reduce_dtype))
 sys.path.insert(0, ".")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -62,6 +64,7 @@ def sharded(script, *words: str) -> None:
         FSDP_RESHARD_AFTER_FORWARD="true", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "gradients are summed in torch.float32" in done.stdout
 
 
 @pytest.mark.parametrize(("objective", "records"), [("cut", JUDGED), ("dpo", RECORDS)])

@@ -736,6 +736,8 @@ def test_vllm_gets_the_settings_and_its_ids_are_trained_on(make, script, monkeyp
     assert trainer.engine.vllm.options == {
         "mode": "server", "temperature": 1.0, "top_p": 0.9, "max_completion_length": 10,
         "max_model_length": 200, "server_base_url": "http://host:8000"}
+    beside = make(generation={"engine": "vllm_colocate"}).engine.vllm.options
+    assert beside["gpu_memory_utilization"] == 0.3  # the weights in training are there too
     log = steps(trainer)
     assert calls == ["sync", 8, "sync", 8]
     assert log[0]["response_cut_rate"] == 0.5

@@ -315,9 +315,10 @@ def test_fp16_overflow_is_left_to_the_gradient_scaler():
     ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor: the CUT loss has none"),
 ])
 def test_what_would_be_ignored_is_refused(change, message, tiny_llama, tmp_path):
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **change.pop("args", {}))
+    named = {"args": {}, "train_dataset": random_rows(2)} | change
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **named.pop("args"))
     with pytest.raises(InputError, match=message):
-        CutTrainer(with_lora(tiny_llama), args, **{"train_dataset": random_rows(2)} | change)
+        CutTrainer(with_lora(tiny_llama), args, **named)
 
 
 def test_evaluates_alone_and_outside_a_step(tiny_llama, tmp_path):
