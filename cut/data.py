@@ -221,19 +221,21 @@ def collate(examples: Sequence[Rows], pad_id: int) -> Batch:
     )
 
 
-def within_budget(examples: Sequence[Rows], tokens: int) -> list[list[Rows]]:
-    """Groups that take at most `tokens` tokens, padding included, or hold one example.
+def within_budget(examples: Sequence[Rows], tokens: int,
+                  padded: bool = True) -> list[list[Rows]]:
+    """Groups that take at most `tokens` tokens, any padding included, or hold one example.
 
     Examples of like length come together, the longest first: if memory is short, it shows at once.
     """
     groups: list[list[Rows]] = []
-    used = 0  # rows in the last group
     for example in sorted(examples, key=lambda example: example.width, reverse=True):
-        used += len(example.rows)
-        if not groups or used * groups[-1][0].width > tokens:
-            groups.append([])
-            used = len(example.rows)
-        groups[-1].append(example)
+        together = [*(groups[-1] if groups else []), example]
+        run = (together[0].width * sum(len(each.rows) for each in together) if padded else
+               sum(each.tokens for each in together))
+        if groups and run <= tokens:
+            groups[-1] = together
+        else:
+            groups.append([example])
     return groups
 
 

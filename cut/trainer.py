@@ -1,8 +1,8 @@
 """CUT on transformers' Trainer: what differs from plain fine-tuning, and nothing else.
 
 A dataset item is one example's `Rows`. A micro-batch is run in as few forward passes as a token
-budget allows, over the rows that exist; on a CPU, rows of unlike length are run apart. The loss of
-an optimizer step is the mean over its examples, so it depends neither on the micro-batch size, nor
+budget allows, over the rows that exist, end to end where the attention can. The loss of an
+optimizer step is the mean over its examples, so it depends neither on the micro-batch size, nor
 on accumulation, nor on the number of processes.
 """
 
@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cut.data import Batch, Rows, collate, within_budget
 from cut.loss import CutLoss, cut_loss
-from lm.log_probs import supervised_log_probs, supervised_log_probs_by_length
+from lm.log_probs import supervised_log_probs, supervised_log_probs_unpadded
+from lm.packing import enable_packing
 from lm.records import InputError
 from lm.trainers import (
     FiniteGradients,
@@ -28,9 +29,8 @@ from lm.trainers import (
     WholeCheckpoints,
 )
 
-# One record a forward is as fast as four on a CPU and needs a third of the memory; a GPU wants
-# enough tokens to fill its matrix units.
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 4096}
+# More are no faster on a CPU, and take memory; a GPU wants enough to fill its matrix units.
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 4096}
 PADDING = -1  # the index of an example without weight
 
 
@@ -72,6 +72,8 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         self.order = "group_by_length" if group_by_length else strategy
         self.model_accepts_loss_kwargs = True  # the loss is divided by the examples of the step
+        self.unpadded = enable_packing(
+            self.model, on_cpu=self.args.device.type == "cpu" and not self.is_sharded())
         self.statistics = Statistics(self.args.device)
         self.add_callback(FiniteGradients())
 
@@ -82,8 +84,7 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
         DDP averages gradients over the processes, hence the factor.
         """
         batch = collate(inputs, self.pad_id).to(self.args.device)
-        alone_on_cpu = self.args.device.type == "cpu" and self.args.world_size == 1
-        losses = cut_losses(model, batch, self.settings, by_length=alone_on_cpu)
+        losses = cut_losses(model, batch, self.settings, self.unpadded)
         if not torch.isfinite(losses.loss).all():
             bad = batch.records[int((~torch.isfinite(losses.loss)).nonzero()[0, 0])]
             raise NonFiniteLoss(f"{bad}: the loss is not finite at step "
@@ -109,7 +110,9 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
     def parts(self, examples: list[Rows]) -> list[list[Rows]]:
         """Few enough examples for the token budget of a forward pass."""
         budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
-        return [examples] if self.is_sharded() else within_budget(examples, budget)
+        if self.is_sharded():
+            return [examples]
+        return within_budget(examples, budget, padded=not self.unpadded)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Rows]], device) -> Tensor:
         """Examples in the optimizer step, over all processes; padding examples do not count."""
@@ -211,12 +214,9 @@ class Statistics:
         }
 
 
-def cut_losses(model, batch: Batch, settings: CutSettings, by_length: bool = False) -> CutLoss:
-    """Run the model over a batch's rows and compare them token by token.
-
-    In one forward pass, or `by_length` in one for each group of rows of like length.
-    """
-    log_probs = supervised_log_probs_by_length if by_length else supervised_log_probs
+def cut_losses(model, batch: Batch, settings: CutSettings, unpadded: bool = False) -> CutLoss:
+    """Run the model over a batch's rows, in one forward pass, and compare them token by token."""
+    log_probs = supervised_log_probs_unpadded if unpadded else supervised_log_probs
     flat = log_probs(model, batch.input_ids, batch.loss_mask)
     rows, supervised = align_right(flat, batch.loss_mask.sum(-1))
     examples, tokens = len(batch.negative), rows.shape[1]

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from lm.models import evaluating, output_head, unwrapped
+from lm.packing import row_bounds
 from lm.records import InputError
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # rows scored at a time; larger chunks were slower on 2 cores
-PASS = 32  # tokens that cost a CPU about as much as reading all weights once more for another pass
 
 
 def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
@@ -65,35 +65,17 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
     return found[0] + logits[:0].sum()
 
 
-def supervised_log_probs_by_length(model: nn.Module, input_ids: Tensor,
-                                   loss_mask: Tensor) -> Tensor:
-    """The same, from a forward pass for each group of rows of like length.
+def supervised_log_probs_unpadded(model: nn.Module, input_ids: Tensor,
+                                  loss_mask: Tensor) -> Tensor:
+    """The same, with the rows run end to end; for models that `enable_packing` says can do so.
 
-    Less padding is run, which is worth a pass where tokens are dear, as on a CPU. Not for models
-    whose processes must run as many forward passes as each other: DDP, FSDP, DeepSpeed. Each row
-    has a supervised token.
+    A row ends with its last supervised token; each has one.
     """
-    lengths = (loss_mask * torch.arange(1, loss_mask.shape[1] + 1)).amax(-1)  # to the last target
-    found: dict[int, Tensor] = {}
-    for rows in of_like_length(lengths.tolist()):
-        mask = loss_mask[rows, :lengths[rows[0]]]
-        flat = supervised_log_probs(model, input_ids[rows, :mask.shape[1]], mask)
-        found.update(zip(rows, flat.split(mask.sum(-1).tolist()), strict=True))
-    return torch.cat([found[row] for row in range(len(input_ids))])
-
-
-def of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Indices in groups, the longest first, whose lengths are at most `PASS` apart.
-
-    >>> of_like_length([100, 430, 90, 400])
-    [[1, 3], [0, 2]]
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not groups or lengths[groups[-1][0]] - lengths[index] > PASS:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
+    columns = torch.arange(loss_mask.shape[1], device=loss_mask.device)
+    lengths = (loss_mask * (columns + 1)).amax(-1)
+    present = columns < lengths[:, None]
+    return supervised_log_probs(model, input_ids[present][None], loss_mask[present][None],
+                                **row_bounds(model, lengths))
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,

@@ -14,7 +14,7 @@ from lm.trainers import LastStepLogged
 from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
-from self_judge.jsft_trainer import UNPADDED, JsftTrainer
+from self_judge.jsft_trainer import JsftTrainer
 from self_judge.launch import Data
 
 SUMMARY = ("loss", "sft_loss", "judgment_loss", "eval_loss", "eval_judge_accuracy",
@@ -26,14 +26,13 @@ def training_arguments(config: Config) -> SFTConfig:
     for name in ("packing", "padding_free"):
         if config.training_args.get(name):
             raise InputError(f"{config.path}: training_args.{name}: leave it out; a step has the "
-                             "rows that its batch sizes say, and rows need no padding where "
-                             "attention is flash_attention_2")
+                             "rows that its batch sizes say, and they are run end to end "
+                             "anyway, where attention can keep them apart")
     arguments = launch.training_arguments(
         config, SFTConfig, launch.NO_BALANCE, max_length=launch.max_length(config),
         completion_only_loss=True, prediction_loss_only=True)
     if runs.is_main():
-        print(f"batch: {launch.batch_size(arguments)} rows a step, "
-              + ("end to end" if launch.attention(config) == UNPADDED else "padded"))
+        print(f"batch: {launch.batch_size(arguments)} rows a step")
     return arguments
 
 
@@ -64,6 +63,8 @@ def make_trainer(config: Config, arguments: SFTConfig, model, data: Data) -> Jsf
         raise InputError(f"{config.path}: {first_line(error)}") from error
     launch.check_logits(trainer, data.train[0]["input_ids"])
     launch.tell_trained(config, trainer)
+    if runs.is_main():
+        print("rows are run " + ("end to end" if trainer.unpadded else "padded"))
     return trainer
 
 

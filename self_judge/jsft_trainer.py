@@ -9,9 +9,8 @@ which is one token, weighs as much as one token of an answer.
 
 - Only supervised positions are scored against the vocabulary, on every device. (trl's fused head
   does that on a GPU; on a CPU it scores every position: 2.2 times slower for a batch of judgments.)
-- Rows are run in parts of like length. Flash attention runs a part's rows end to end, without any
-  padding. (trl's `packing` would too, but makes one row of many, so that a step has ten times as
-  many examples as its batch sizes say.)
+- Rows are run in parts of like length, end to end where the attention can. (trl's `packing` makes
+  one row of many, so that a step has ten times as many examples as its batch sizes say.)
 - The log has the mean loss of each kind of token beside their common one.
 - Evaluation also asks the model to judge held-out pairs in both orders.
 """
@@ -26,6 +25,7 @@ from trl import SFTTrainer
 
 from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
+from lm.packing import enable_packing, row_bounds
 from lm.records import InputError
 from lm.trainers import (
     FiniteGradients,
@@ -39,9 +39,8 @@ from lm.trainers import (
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
 
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 4096}  # padding included; at least one row
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 4096}  # any padding included; at least one row
 KINDS = ("sft", "judgment")
-UNPADDED = "flash_attention_2"  # attention that finds the rows' bounds by their positions
 
 
 class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
@@ -65,7 +64,6 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         super().__init__(*positional, args=args, processing_class=processing_class, **named)
         if balance is not None and not self.aux_loss_enabled:
             own.router_aux_loss_coef = balance  # trl notes its own 0 there, which would be saved
-        self.is_unpadded = self.model.config._attn_implementation == UNPADDED
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the step
         self.add_callback(FiniteGradients())
         self.held_out, self.judge_templates = held_out, judge_templates
@@ -74,6 +72,8 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         self.is_plain = (args.loss_type == "nll" and self.label_smoother is None
                          and not self.aux_loss_enabled and self.compute_loss_func is None
                          and self.accelerator.parallelism_config is None)
+        self.unpadded = enable_packing(self.model, on_cpu=(
+            self.args.device.type == "cpu" and self.is_plain and not self.is_sharded()))
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "completion_mask", "kind"]
@@ -95,7 +95,8 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
             budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
             found = [{name: value[rows, :lengths[rows[0]]] for name, value in inputs.items()}
                      for rows in token_budget_batches(dict(enumerate(lengths)), 0, budget)]
-        return [end_to_end(part) for part in found] if self.is_unpadded else found
+        return [end_to_end(part) | row_bounds(self.model, part["attention_mask"].sum(-1))
+                for part in found] if self.unpadded else found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """trl's loss; its own code runs what is rarer (dft, label smoothing, mixtures of experts).
@@ -127,8 +128,10 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
     def _log_probs(self, model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[S] of the supervised tokens, and which of them are a judgment's."""
         ids, supervised = inputs["input_ids"], inputs["labels"] != IGNORED
-        others = {name: value for name, value in inputs.items()
-                  if name not in ("input_ids", "labels", "attention_mask", "judged")}
+        known = {"input_ids", "labels", "judged"}
+        if not self.unpadded:  # no token sees the padding on its right
+            known.add("attention_mask")
+        others = {name: value for name, value in inputs.items() if name not in known}
         return (supervised_log_probs(model, ids, supervised, **others),
                 inputs["judged"][supervised])
 
@@ -177,7 +180,7 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
 
 
 def end_to_end(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Padded rows [B, T] as one row [1, all their tokens]; positions tell where each begins.
+    """Padded rows [B, T] as one row [1, all their tokens].
 
     A row's first token is never learnt, as the token before it is another row's.
 
@@ -185,16 +188,13 @@ def end_to_end(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ...         "labels": [[-100, 6, 7], [8, 9, -100]]}
     >>> {name: value.tolist() for name, value in end_to_end(
     ...     {name: torch.tensor(value) for name, value in rows.items()}).items()}
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'input_ids': [[5, 6, 7, 8, 9]], 'labels': [[-100, 6, 7, -100, 9]],
-     'position_ids': [[0, 1, 2, 0, 1]]}
+    {'input_ids': [[5, 6, 7, 8, 9]], 'labels': [[-100, 6, 7, -100, 9]]}
     """
     present = part["attention_mask"].bool()
-    positions = part["attention_mask"].cumsum(-1) - 1
     rows = {name: value for name, value in part.items() if name != "attention_mask"}
-    rows["labels"] = rows["labels"].masked_fill(positions == 0, IGNORED)
-    return {name: value[present][None] for name, value in
-            (rows | {"position_ids": positions}).items()}
+    rows["labels"] = rows["labels"].clone()
+    rows["labels"][:, 0] = IGNORED
+    return {name: value[present][None] for name, value in rows.items()}
 
 
 class Collator:

@@ -338,6 +338,13 @@ def test_groups_hold_at_most_the_budget_or_one_example(sizes, groups):
         example.record for example in examples]
 
 
+def test_rows_without_padding_count_as_they_are():
+    examples = [Rows(str(size), Row([0] * size, 1), Row([0], 1), 1) for size in (4, 3, 2)]
+    sizes = {padded: [[example.width for example in group]
+                      for group in within_budget(examples, 9, padded)] for padded in (True, False)}
+    assert sizes == {True: [[4], [3], [2]], False: [[4, 3], [2]]}
+
+
 def test_a_long_judgment_keeps_the_marker_that_names_it(tokenizer):
     """Cut from within: the instruction goes first, then the judgment's start, never the frame."""
     template = load_template("alpaca")

@@ -22,6 +22,7 @@ from transformers import (
 
 from lm import log_probs
 from lm.log_probs import check_head, output_head
+from lm.packing import enable_packing
 from lm.records import InputError
 
 VOCABULARY, HIDDEN = 61, 16
@@ -153,28 +154,29 @@ def test_zero3_sees_a_frozen_heads_backward_pass():
     assert_as_naive(model)
 
 
-@pytest.mark.parametrize(("apart", "passes"), [(32, [(3, 12)]), (2, [(1, 12), (2, 9)]),
-                                               (0, [(1, 12), (1, 9), (1, 7)])])
-def test_rows_of_like_length_are_run_together(apart, passes, monkeypatch):
-    """In as many passes as their lengths ask for; values and gradients stay those of one."""
-    monkeypatch.setattr(log_probs, "PASS", apart)
-    model = with_lora("llama").double()  # in fp32 CPUs differ in how they round another shape
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prepare", [tiny, with_lora])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "granite"])
+def test_rows_end_to_end_have_the_values_and_gradients_of_padded_ones(name, prepare, checkpointing):
+    model = prepare(name).double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, attention, loss_mask = batch()
+    padded = supervised_log_probs(model, ids, attention, loss_mask)
+    expected = gradients(model, padded)
     shapes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True)
-    apart = log_probs.supervised_log_probs_by_length(model, ids, loss_mask)
-    assert shapes == passes
-    together = supervised_log_probs(model, ids, attention, loss_mask)
-    torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-6)
-    got, expected = gradients(model, apart), gradients(model, together)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_of_like_length_as_its_docstring_shows():
-    assert log_probs.of_like_length([100, 430, 90, 400]) == [[1, 3], [0, 2]]
+    assert enable_packing(model, on_cpu=True)
+    shapes.clear()
+    packed = log_probs.supervised_log_probs_unpadded(model, ids, loss_mask)
+    assert shapes == [(1, 12 + 7 + 9)]
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
+    got = gradients(model, packed)
+    for parameter in expected:
+        torch.testing.assert_close(got[parameter], expected[parameter], rtol=1e-5, atol=1e-5,
+                                   msg=parameter)
 
 
 def test_frozen_head_with_a_bias():

@@ -30,6 +30,7 @@ from training_runs import (
 )
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from lm import packing
 from lm.generation import generate
 from lm.models import load_model, load_tokenizer
 from preprocess import jsft_rows, judge_pairs_of
@@ -149,24 +150,30 @@ def test_loss_is_the_mean_over_the_supervised_tokens(train, common):
         "sft_loss": mean(learnt["sft"]), "judgment_loss": mean(learnt["judgment"])}, rel=1e-5)
 
 
-def test_rows_without_padding_cost_the_same(train, adapter_settings, monkeypatch, tmp_path):
-    """As flash attention runs them; sdpa finds the rows' bounds by their positions too."""
+@pytest.mark.parametrize("attention", [packing.BY_ROW, packing.FLASH])
+def test_rows_without_padding_cost_the_same(
+        attention, train, adapter_settings, monkeypatch, tmp_path):
+    """For flash attention's way sdpa stands in: it finds the rows' bounds by position too."""
     settings = adapter_settings | {
         "peft_config.lora_dropout": 0, "training_args.max_steps": 2, "training_args.eval_steps": 2,
         "training_args.eval_strategy": "steps",
         "dataset": f"{{path: {train.data}, eval: {train.data}}}"}
-    padded = train(settings | {"training_args.output_dir": tmp_path / "padded"})
+    with monkeypatch.context() as patch:
+        patch.setattr(jsft_trainer, "enable_packing", lambda model, on_cpu: False)
+        padded = train(settings | {"training_args.output_dir": tmp_path / "padded"})
     seen, score = [], jsft_trainer.supervised_log_probs
 
     def noted(model, ids, *positional, **named):
         seen.append((len(ids), set(named)))
         return score(model, ids, *positional, **named)
 
-    monkeypatch.setattr(jsft_trainer, "UNPADDED", "sdpa")
+    if attention == packing.FLASH:
+        monkeypatch.setattr(packing, "FLASH", "sdpa")
     monkeypatch.setattr(jsft_trainer, "supervised_log_probs", noted)
     result = train(settings)
     assert result.code == padded.code == 0, result.err
-    assert seen and all(seen_now == (1, {"position_ids"}) for seen_now in seen)
+    told = {"position_ids", "attention_mask"} if attention == packing.BY_ROW else {"position_ids"}
+    assert seen and all(seen_now == (1, told) for seen_now in seen)
     assert losses(result.folder) == pytest.approx(losses(padded.folder), rel=1e-5)
     measured = ("eval_loss", "eval_sft_loss", "eval_judgment_loss")
     assert history(result.folder, *measured)[0] == pytest.approx(

@@ -112,13 +112,15 @@ def test_step_is_the_mean_of_its_examples_and_so_is_the_last_partial_one(
 def test_any_split_of_a_batch_gives_the_same_trajectory(tiny_llama, tmp_path, monkeypatch):
     """1 x 8 = 8 x 1 = 2 x 4, in one forward pass or in several; 20 examples, two epochs."""
     runs = []
-    for micro, accumulation, budget, apart in ((1, 8, 1024, 32), (8, 1, 1024, 32), (2, 4, 1024, 32),
-                                               (8, 1, 60, 32), (8, 1, 1024, 3)):
+    for micro, accumulation, budget, unpadded in (
+            (1, 8, 1024, True), (8, 1, 1024, True), (2, 4, 1024, True), (8, 1, 60, True),
+            (8, 1, 1024, False), (8, 1, 60, False)):
         monkeypatch.setitem(trainer_module.TOKENS_PER_FORWARD, "cpu", budget)
-        monkeypatch.setattr("lm.log_probs.PASS", apart)
         model = with_lora(tiny_llama)
         trainer = make_trainer(model, random_rows(20), tmp_path, micro=micro, learning_rate=0.01,
                                accumulation=accumulation, num_train_epochs=2)
+        assert trainer.unpadded
+        trainer.unpadded = unpadded
         log = steps(trainer)
         runs.append([(entry["loss"], entry["grad_norm"], entry["mle"], entry["p_ratio"])
                      for entry in log])
@@ -134,9 +136,9 @@ def test_a_micro_batch_is_run_in_parts_of_the_token_budget(tiny_llama, tmp_path,
     passes = []
     original = trainer_module.cut_losses
 
-    def noting(model, batch, settings, by_length):
+    def noting(model, batch, settings, unpadded):
         passes.append(int(batch.lengths.sum()))
-        return original(model, batch, settings, by_length)
+        return original(model, batch, settings, unpadded)
 
     monkeypatch.setattr(trainer_module, "cut_losses", noting)
     examples = random_rows(16)
@@ -398,10 +400,10 @@ def test_each_epoch_of_a_run_sees_every_example_once_in_another_order(tiny_llama
     seen = []
     original = trainer_module.cut_losses
 
-    def noting(model, batch, settings, by_length):
+    def noting(model, batch, settings, unpadded):
         seen.extend(name for name, weight in zip(batch.records, batch.weight, strict=True)
                     if weight)
-        return original(model, batch, settings, by_length)
+        return original(model, batch, settings, unpadded)
 
     monkeypatch.setattr(trainer_module, "cut_losses", noting)
     make_trainer(with_lora(tiny_llama), random_rows(10), tmp_path, num_train_epochs=2).train()
