@@ -258,10 +258,12 @@ def check(base_model: str, examples: Sequence["Example"]) -> None:
     """Print both sides' loss on the shortest positive record and pairs, alone, dropout off."""
     from cut.data import collate, rows_of
     from cut.trainer import cut_losses
+    from lm.packing import enable_packing
 
     model, tokenizer = load_with_lora(base_model, lora_dropout=0.0)
     print(measure.machine(base_model))
     template = load_template("alpaca")
+    unpadded = enable_packing(model, model.device, sharded=False)
     same = []
     for example in examples:
         ours = rows_of(example, template, tokenizer, CUTOFF_LEN)
@@ -278,12 +280,13 @@ def check(base_model: str, examples: Sequence["Example"]) -> None:
         batch = {name: value.to(model.device) for name, value in
                  original_collate([theirs]).items()}
         loss, gradient = measure.with_gradient(model, original_loss(model, batch))
-        losses = cut_losses(model, collate([ours], pad_id=0).to(model.device), settings())
+        twice = collate([ours, ours], pad_id=0).to(model.device)  # so that there are bounds
+        losses = cut_losses(model, twice, settings(), unpadded)
         our_loss, our_gradient = measure.with_gradient(model, losses.loss.mean())
         print(f"  {'pair' if ours.misaligned else 'positive'} of {ours.tokens} tokens: loss "
               f"{loss:.6f} and {our_loss:.6f}, {abs(our_loss - loss):.0e} apart; gradients "
               f"{(our_gradient - gradient).norm() / gradient.norm():.0e} apart; "
-              f"{int(losses.inappropriate.sum())} tokens in U")
+              f"{int(losses.inappropriate[0].sum())} tokens in U")
         # In bf16 rounding alone may take a token over U's threshold: there, numbers are only shown
         if not on_gpu() and abs(our_loss - loss) > 1e-4:
             raise InputError(f"{ours.record}: the two sides' losses differ")

@@ -196,6 +196,11 @@ def watch_shapes(model: "Module") -> list[Shape]:
     def note(module, args, inputs):
         rows, length = inputs["input_ids"].shape
         mask = inputs.get("attention_mask")
+        if "position_ids" in inputs and (mask is None or mask.ndim == 4):  # rows end to end
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            shapes.extend(Shape(1, end - start, end - start)
+                          for start, end in zip(starts, [*starts[1:], length], strict=True))
+            return
         shapes.append(Shape(rows, length, length if mask is None else mask.shape[-1]))
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else unwrapped(model)

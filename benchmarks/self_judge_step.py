@@ -50,7 +50,7 @@ from lm.memory import keep_freed_memory
 from lm.models import DEFAULT_MODEL, load_model, load_tokenizer, output_head
 from lm.records import InputError
 from lm.templates import prompt_ids, response_ids
-from preprocess import self_judge_example
+from self_judge.data import self_judge_example
 from self_judge.judgment import Pair
 from self_judge.templates import judge_text
 

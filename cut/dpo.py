@@ -24,8 +24,10 @@ class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
                          eval_dataset=eval_dataset and as_ids(eval_dataset), **kwargs)
         if is_peft_model(self.model):
             self.model.delete_adapter("ref")  # trl's copy of the new adapter, which does nothing
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         for scored in filter(None, (self.model, self.ref_model)):
-            score_responses_only(self.accelerator.unwrap_model(scored))
+            score_responses_only(self.accelerator.unwrap_model(scored), self.args.device,
+                                 sharded)
         self.add_callback(FiniteGradients())
 
     def _prepare_dataset(self, dataset, *args):

@@ -11,8 +11,8 @@ from cut.data import Rows
 from cut.finetune import Data, cut_settings, schedule
 from cut.heatmap import show
 from cut.objectives import OBJECTIVES
-from cut.trainer import TOKENS_PER_FORWARD
 from lm import models, runs
+from lm.packing import TOKENS_PER_FORWARD
 
 
 def preview(settings: SimpleNamespace, data: Data) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from cut.data import Batch, Rows, collate, within_budget
 from cut.loss import CutLoss, cut_loss
 from lm.log_probs import supervised_log_probs, supervised_log_probs_unpadded
-from lm.packing import enable_packing
+from lm.packing import enable_packing, tokens_per_forward
 from lm.records import InputError
 from lm.trainers import (
     FiniteGradients,
@@ -29,8 +29,6 @@ from lm.trainers import (
     WholeCheckpoints,
 )
 
-# More are no faster on a CPU, and take memory; a GPU wants enough to fill its matrix units.
-TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 4096}
 PADDING = -1  # the index of an example without weight
 
 
@@ -72,8 +70,7 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         self.order = "group_by_length" if group_by_length else strategy
         self.model_accepts_loss_kwargs = True  # the loss is divided by the examples of the step
-        self.unpadded = enable_packing(
-            self.model, on_cpu=self.args.device.type == "cpu" and not self.is_sharded())
+        self.unpadded = enable_packing(self.model, self.args.device, self.is_sharded())
         self.statistics = Statistics(self.args.device)
         self.add_callback(FiniteGradients())
 
@@ -109,9 +106,9 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
 
     def parts(self, examples: list[Rows]) -> list[list[Rows]]:
         """Few enough examples for the token budget of a forward pass."""
-        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
         if self.is_sharded():
             return [examples]
+        budget = tokens_per_forward(self.args.device, self.unpadded)
         return within_budget(examples, budget, padded=not self.unpadded)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Rows]], device) -> Tensor:

@@ -5,13 +5,16 @@ one can cost aside, and after it what it did cost, so that the limit holds howev
 way. A `Pace` spaces requests out, and makes all of them wait when the server asks one to.
 """
 
+import contextlib
 import re
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from lm.journal import append
 from lm.records import InputError
 from lm.threads import Unasked
 
@@ -120,6 +123,20 @@ class Budget:
             self._reserved = self._reserved - reserved if self._under_way else 0.0  # no rounding
             self.cost += cost
             self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def noting_costs(file: IO[str], budget: "Budget | None") -> Iterator[None]:
+    """At the end, whatever it is, note what was spent: failed requests have no lines of their own.
+
+    Nor have those that an interrupt gives up. The next run's budget counts it.
+    """
+    try:
+        yield
+    finally:
+        spent = budget.spent(under_way=True) if budget else {}
+        if spent and (spent["cost"] or budget.max_requests):
+            append(file, spent)
 
 
 def told_last(lines: Collection[Mapping]) -> dict[str, float]:

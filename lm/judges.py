@@ -1,168 +1,196 @@
-"""Judges: who says what is wrong with a response.
+"""Who judges: a server, a model in this process, rules, or a person, behind one small protocol.
 
-The rule judge knows a record's `constraints`, a list of {"kind", "kwargs"} in the manner of IFEval
-(`punctuation:no_comma`, `length_constraints:number_words` ...). lm-eval's IFEval checkers decide
-whether they are satisfied; the words of the judgment, which say what is wrong and where, are ours.
+    judge = ServerJudge(server, load_judge_prompt("annotator"))
+    for index, judgment in judge({0: question, 1: question}):
+        judgment.text  # what is wrong; None: nothing; no judgment at all where judgment.error
+
+A judge takes questions by index and yields judgments as they come, each once, in any order. A
+server judge that has to stop (budget, refused key) raises after those it got.
 """
 
-import functools
-import random
-import re
-from collections.abc import Callable, Mapping, Sequence
-from unittest import mock
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from lm.records import InputError, Record
+from lm.models import context_of
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    read_records,
+    write_lines,
+    write_text,
+)
+from lm.rules import judge_by_rules
+from lm.verdicts import JudgePrompt, Judgment, read_perfect
 
-Constraint = Mapping[str, object]
-WORD = re.compile(r"\w+")  # what IFEval counts as a word
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm.replies import Request
+    from lm.server import Server
 
-def satisfied(constraints: Sequence[Constraint], response: str) -> list[bool]:
-    """Whether each constraint holds of the response; an empty response satisfies none."""
-    return [bool(response.strip()) and bool(_checker(constraint).check_following(response))
-            for constraint in constraints]
-
-
-def check_constraints(records: Sequence[Record], path: str) -> None:
-    """Stop unless each record has constraints, at least one, and IFEval can check all of them."""
-    for index, record in enumerate(records):
-        where = f"{path}: record {index}: field 'constraints'"
-        if not record["constraints"] or not isinstance(record["constraints"], list) or not all(
-                isinstance(entry, dict) and isinstance(entry.get("kind"), str)
-                and isinstance(entry.get("kwargs"), dict) for entry in record["constraints"]):
-            raise InputError(f"{where} must be a list of {{\"kind\": text, \"kwargs\": object}}, "
-                             "at least one")
-        try:
-            satisfied(record["constraints"], "Any words.")
-        except (InputError, TypeError, ValueError, LookupError, AttributeError,
-                re.error) as error:
-            raise InputError(f"{where}: {error}; correct it") from error
+COLUMNS = ("key", "instruction", "response", "judgment")  # of a sheet
+FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would run
 
 
-def judge_by_rules(record: Record, response: str, seed: int = 0) -> str | None:
-    """What is wrong with a response to the record's instruction; None where nothing is.
+@dataclass(frozen=True)
+class Question:
+    """A response to judge, and the record that it belongs to."""
 
-    The phrasing varies with the seed, the instruction and the response, and with nothing else.
+    instruction: str
+    response: str
+    record: Record = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Record) -> "Question":
+        """The response in a record's `output` to its instruction and input."""
+        return cls(join_input(record), record["output"], record)
+
+
+class Judge(Protocol):
+    """Anything that yields a judgment for each question."""
+
+    def __call__(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, Judgment]]:
+        """Yield (index, judgment) as they come."""
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """The rules of lm/rules.py on a record's `constraints`; the seed varies the wording."""
+
+    seed: int = 0
+
+    def __call__(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, Judgment]]:
+        """Yield (index, judgment), in order."""
+        for index, question in questions.items():
+            yield index, Judgment(judge_by_rules(question.record, question.response, self.seed))
+
+
+@dataclass(frozen=True)
+class ServerJudge:
+    """A model behind an OpenAI-compatible server. Seed 0 is left out of the requests."""
+
+    server: "Server"
+    prompt: JudgePrompt
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    seed: int = 0
+
+    def requests(self, questions: Mapping[int, Question]) -> dict[int, "Request"]:
+        """What is asked."""
+        from lm.replies import Request
+
+        return {index: Request(self.prompt.render(question.instruction, question.response),
+                               self.max_new_tokens, self.temperature, seed=self.seed or None)
+                for index, question in questions.items()}
+
+    def __call__(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, Judgment]]:
+        """Yield (index, judgment) as replies come; useless ones do not stay in the cache."""
+        requests = self.requests(questions)
+        for index, reply in self.server.ask(requests):
+            judgment = (Judgment(error=reply.error) if reply.error else
+                        self.prompt.read(reply.text, reply.finish_reason))
+            if judgment.error:
+                self.server.forget(requests[index])
+            yield index, judgment
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """A model in this process, such as the AI judge that scripts/train_ai_judge.sh trains."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt: JudgePrompt
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    seed: int = 0
+    batch_tokens: int = 16384
+
+    def __call__(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, Judgment]]:
+        """Yield (index, judgment) batch by batch; prompts that do not fit have failed."""
+        from lm.generation import generate, ids_of
+
+        context = context_of(self.model)
+        rows = {}
+        for index, question in questions.items():
+            ids = ids_of(self.tokenizer, self.prompt.render(question.instruction,
+                                                            question.response))
+            if context and len(ids) + self.max_new_tokens > context:
+                yield index, Judgment(error=f"its prompt has {len(ids)} tokens, too many for the "
+                                            f"judge's context of {context}")
+            else:
+                rows[index] = ids
+        for index, response in generate(self.model, self.tokenizer, rows, seed=self.seed,
+                                        max_new_tokens=self.max_new_tokens,
+                                        temperature=self.temperature,
+                                        token_budget=self.batch_tokens):
+            yield index, self.prompt.read(response.text, response.finish_reason)
+
+
+@dataclass(frozen=True)
+class HumanJudge:
+    """A person, by way of a file to fill in (.csv or .jsonl): "perfect", or what is wrong.
+
+    What is not in the file yet is added to it; what is not filled in yet has failed.
     """
-    failed = [constraint for constraint, holds
-              in zip(record["constraints"], satisfied(record["constraints"], response), strict=True)
-              if not holds]
-    if not failed:
-        return None
-    choose = random.Random(f"{seed} {record['instruction']} {response}").choice
-    if not response.strip():
-        return choose(["The response is empty.", "Nothing was answered."])
-    return " ".join(choose(_phrasings(constraint, response)) for constraint in failed)
+
+    sheet: Path
+
+    def __call__(self, questions: Mapping[int, Question]) -> Iterator[tuple[int, Judgment]]:
+        """Yield (index, judgment), in order."""
+        rows = {row["key"]: row for row in read_sheet(self.sheet)} if self.sheet.exists() else {}
+        keys = {index: _key(question) for index, question in questions.items()}
+        new = {keys[index]: {"key": keys[index], "instruction": question.instruction,
+                             "response": question.response, "judgment": ""}
+               for index, question in questions.items() if keys[index] not in rows}
+        if new:
+            rows |= new
+            write_sheet(self.sheet, list(rows.values()))
+        for index, key in keys.items():
+            said = (rows[key]["judgment"] or "").strip()
+            yield index, (read_perfect(said, by_a_person=True) if said else
+                          Judgment(error=f"not filled in yet, in {self.sheet}"))
 
 
-def _checker(constraint: Constraint) -> object:
-    kind, kwargs = constraint["kind"], constraint["kwargs"]
-    known = _ifeval_instructions()
-    if kind not in known:
-        raise InputError(f"unknown constraint kind {kind!r}; use one of {', '.join(sorted(known))}")
-    checker = known[kind](kind)
-    expected = checker.get_instruction_args_keys()
-    if set(kwargs) != set(expected):  # IFEval would draw what is missing at random
-        raise InputError(f"constraint {kind} has the kwargs {sorted(kwargs)}; "
-                         f"expected {sorted(expected)}")
-    checker.build_description(**kwargs)
-    return checker
+def read_sheet(path: Path) -> list[Record]:
+    """The rows of a sheet, whatever a spreadsheet program separated them by."""
+    if path.suffix != ".csv":
+        rows = read_records(path)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8") from error
+        separator = max(",;\t", key=text.split("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    check_fields(rows, path, {"key": (str,), "judgment": (str, type(None))})
+    return rows
 
 
-@functools.cache
-def _ifeval_instructions() -> dict[str, type]:
-    # The import would download a model that splits sentences; kinds that need it are left out.
-    with mock.patch("nltk.data.find"):
-        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
-    sentence_kinds = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
-    return {kind: checker for kind, checker in INSTRUCTION_DICT.items()
-            if kind not in sentence_kinds}
+def write_sheet(path: Path, rows: list[Record]) -> None:
+    """The rows with an empty place for the judgment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".csv":
+        return write_lines(path, rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shown = {name: f"'{row[name]}" for name in ("instruction", "response")
+                 if str(row.get(name)).startswith(FORMULA)}
+        writer.writerow(row | shown)
+    return write_text(path, "\ufeff" + text.getvalue())  # so that spreadsheets know the encoding
 
 
-def _phrasings(constraint: Constraint, response: str) -> list[str]:
-    """Several ways to say how the response fails the constraint."""
-    phrase = PHRASES.get(constraint["kind"])
-    if phrase:
-        return phrase(response, **constraint["kwargs"])
-    demand = _checker(constraint).build_description(**constraint["kwargs"])
-    return [f"The response does not follow this: {demand}"]
-
-
-def _wrong_length(response: str, num_words: int, relation: str) -> list[str]:
-    words = list(WORD.finditer(response))
-    count = len(words)
-    if relation == "at least":
-        return [f"The response has {count} words, but at least {num_words} were asked for.",
-                f"Too short: {count} words where {num_words} or more are needed."]
-    limit = num_words - 1
-    last = _quote(response[words[max(limit - 3, 0)].start():words[limit - 1].end()])
-    return [f"The response has {count} words, but at most {limit} were asked for; "
-            f"it should have ended by {last}.",
-            f"Too long: {count} words where {limit} are allowed. All that follows {last} "
-            "is too much.",
-            f"It is {count - limit} over the limit of {limit} words, which was reached at {last}.",
-            f"With {count} words it breaks the limit of {limit}; it had to stop after {last}."]
-
-
-def _commas(response: str) -> list[str]:
-    count = response.count(",")
-    commas = "one comma" if count == 1 else f"{count} commas"
-    near = _quote(re.search(r"\w*\W*?,\W*\w*", response)[0])
-    return [f"The response has {commas}, the first in {near}, but none was allowed.",
-            f"There must be no comma, yet there is one in {near}.",
-            f"It uses {commas} although commas were ruled out: see {near}.",
-            f"Wrong punctuation: {near} contains a comma. Without commas was the demand."]
-
-
-def _forbidden(response: str, forbidden_words: Sequence[str]) -> list[str]:
-    hits = {word: re.search(rf"([\w'’]+\W+)?\b{word}\b", response, re.IGNORECASE)
-            for word in forbidden_words}
-    word, hit = next((word, hit) for word, hit in hits.items() if hit)
-    return [f"The response uses the forbidden word \"{word}\" in {_quote(hit[0])}.",
-            f"The word \"{word}\" was not allowed, but {_quote(hit[0])} contains it.",
-            f"It says {_quote(hit[0])} although \"{word}\" had to be avoided.",
-            f"Forbidden word: \"{word}\" occurs, as in {_quote(hit[0])}."]
-
-
-def _missing(response: str, keywords: Sequence[str]) -> list[str]:
-    missing = [word for word in keywords if not re.search(word, response, re.IGNORECASE)]
-    words = " and ".join(f"\"{word}\"" for word in missing)
-    return [f"The response lacks {words}, which was asked for.",
-            f"Nowhere does it say {words}, though the instruction demands it.",
-            f"It had to contain {words} but does not.",
-            f"A required word is missing: {words}."]
-
-
-def _wrong_frequency(response: str, keyword: str, frequency: int, relation: str) -> list[str]:
-    hits = re.findall(keyword, response, re.IGNORECASE)
-    word = keyword.replace(r"\b", "")
-    if relation == "at least":
-        return [f"The word \"{word}\" occurs {_times(len(hits))}, but at least "
-                f"{_times(frequency)} was asked for.",
-                f"\"{word}\" is needed {_times(frequency)} or more; "
-                f"it is there {_times(len(hits))}."]
-    allowed = _times(frequency - 1)
-    again = list(re.finditer(rf"{keyword}(\W+\w+)?", response, re.IGNORECASE))[frequency - 1]
-    return [f"The word \"{word}\" occurs {_times(len(hits))}, but at most {allowed} was "
-            f"asked for; {_quote(again[0])} is too much.",
-            f"It uses \"{word}\" {_times(len(hits))} where {allowed} is allowed: "
-            f"see {_quote(again[0])}.",
-            f"Too many: \"{word}\" is there {_times(len(hits))}, again in {_quote(again[0])}.",
-            f"\"{word}\" may appear {allowed}, yet it comes again in {_quote(again[0])}."]
-
-
-def _times(count: int) -> str:
-    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _quote(text: str) -> str:
-    return f"\"{' '.join(text.split())}\""
-
-
-PHRASES: dict[str, Callable[..., list[str]]] = {
-    "length_constraints:number_words": _wrong_length,
-    "punctuation:no_comma": _commas,
-    "keywords:forbidden_words": _forbidden,
-    "keywords:existence": _missing,
-    "keywords:frequency": _wrong_frequency,
-}
+def _key(question: Question) -> str:
+    """Tells a response to an instruction from all others; no spreadsheet takes it for a number."""
+    content = json.dumps([question.instruction, question.response])
+    return f"r{hashlib.sha256(content.encode()).hexdigest()[:12]}"

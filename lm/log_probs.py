@@ -38,9 +38,7 @@ def supervised_log_probs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor,
     Returns [S], S = loss_mask.sum(), in row-major order.
     """
     loss_mask = loss_mask.bool()
-    if loss_mask[:, 0].any():
-        raise ValueError("the first position of a row has no token before it to be predicted from; "
-                         "leave it out of loss_mask")
+    check_first(loss_mask)
     targets = input_ids[loss_mask]
     before = loss_mask.roll(-1, dims=1)  # the position whose hidden state predicts a target
     found: list[Tensor] = []
@@ -69,13 +67,21 @@ def supervised_log_probs_unpadded(model: nn.Module, input_ids: Tensor,
                                   loss_mask: Tensor) -> Tensor:
     """The same, with the rows run end to end; for models that `enable_packing` says can do so.
 
-    A row ends with its last supervised token; each has one.
+    A row ends with its last supervised token; one without any keeps its first.
     """
+    check_first(loss_mask)
     columns = torch.arange(loss_mask.shape[1], device=loss_mask.device)
-    lengths = (loss_mask * (columns + 1)).amax(-1)
+    lengths = (loss_mask * (columns + 1)).amax(-1).clamp(min=1)
     present = columns < lengths[:, None]
     return supervised_log_probs(model, input_ids[present][None], loss_mask[present][None],
                                 **row_bounds(model, lengths))
+
+
+def check_first(loss_mask: Tensor) -> None:
+    """Stop at what cannot be predicted."""
+    if loss_mask[:, 0].any():
+        raise ValueError("the first position of a row has no token before it to be predicted from; "
+                         "leave it out of loss_mask")
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: nn.Module,

@@ -24,6 +24,11 @@ from lm.runs import world_size
 LONGEST_WAIT = timedelta(days=7)  # of processes for each other
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all, as its launcher says; joins no group of processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launched(alone: str = "") -> tuple[int, int]:
     """This process's place, and how many share the work.
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from lm.journal import digest
 from lm.records import InputError, Record, changes, sha256, write_json
 
 # What a model's answers depend on
 MODEL_FILES = ("*model*.safetensors", "*model*.bin", "tokenizer*", "*.jinja", "vocab.json",
                "merges.txt")
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 
 
 @contextlib.contextmanager
@@ -113,6 +115,15 @@ def content_hash(source: str | Path) -> str:
     if not files:
         return str(source)
     return hashlib.sha256("".join(map(content_hash, files)).encode()).hexdigest()
+
+
+def fingerprint(folder: Path | None) -> str:
+    """Changes when a model's files in a folder are written again; empty for one on the Hub."""
+    if folder is None or not folder.is_dir():
+        return ""
+    files = {file for kind in (*MODEL_FILES, *CONFIGS) for file in folder.glob(kind)}
+    return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                   for file in sorted(files)])
 
 
 @functools.cache

@@ -34,11 +34,10 @@ from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lm.budget import told_last
+from lm.budget import noting_costs, told_last
 from lm.cli import run
 from lm.journal import append, by_content, digest, open_journal
-from lm.judges import check_constraints
-from lm.models import load_tokenizer, precision, resolve_model
+from lm.models import load_model, load_tokenizer, precision, resolve_model
 from lm.processes import (
     discard_parts,
     launched,
@@ -58,13 +57,14 @@ from lm.records import (
     write_json,
     write_lines,
 )
+from lm.rules import check_constraints
 from lm.server import address, connect
+from lm.stages import fingerprint
 from lm.verdicts import JudgePrompt, load_judge_prompt
-from scripts.generate import fingerprint, load, noting_costs
-from scripts.self_reject import model_settings
+from self_judge.base import model_settings
 
 if TYPE_CHECKING:
-    from lm.annotators import Judge
+    from lm.judges import Judge
     from lm.server import Server
 
 JUDGES = ("server", "local", "jsft", "rules", "human")
@@ -278,7 +278,7 @@ def annotate(start: Callable, records: Mapping[int, Record], contents: Sequence[
     """
     from tqdm import tqdm
 
-    from lm.annotators import Question
+    from lm.judges import Question
 
     questions = {index: Question.of(record) for index, record in records.items()}
     judge, server = start()
@@ -289,7 +289,7 @@ def annotate(start: Callable, records: Mapping[int, Record], contents: Sequence[
         spent = server.budget.spent
     progress = tqdm(judge(questions), unit="judgment", **bar)
     try:
-        with noting_costs(file, server):
+        with noting_costs(file, server.budget if server else None):
             for index, judgment in progress:
                 lines.append({
                     "index": index, "content": contents[index], "status": judgment.status,
@@ -304,12 +304,12 @@ def annotate(start: Callable, records: Mapping[int, Record], contents: Sequence[
 
 def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
     """The judge, and the server behind it if there is one."""
-    from lm import annotators
+    from lm import judges
 
     if settings.judge == "rules":
-        return annotators.RuleJudge(settings.seed), None
+        return judges.RuleJudge(settings.seed), None
     if settings.judge == "human":
-        return annotators.HumanJudge(settings.sheet), None
+        return judges.HumanJudge(settings.sheet), None
     asked = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "seed")}
     if settings.judge == "jsft":
         from self_judge.annotator import JsftJudge
@@ -320,11 +320,12 @@ def make_judge(settings: SimpleNamespace) -> tuple["Judge", "Server | None"]:
                          batch_tokens=settings.batch_tokens, **asked), None
     asked["prompt"] = settings.prompt
     if settings.judge == "local":
-        model, tokenizer = load(settings.model, None, settings.load_in)
-        return annotators.LocalJudge(model, tokenizer, batch_tokens=settings.batch_tokens,
-                                     **asked), None
+        model = load_model(settings.model, precision(settings.load_in))
+        tokenizer = load_tokenizer(settings.model)
+        return judges.LocalJudge(model, tokenizer, batch_tokens=settings.batch_tokens,
+                                 **asked), None
     server = connect(settings.model, settings.base_url, vars(settings))
-    return annotators.ServerJudge(server, **asked), server
+    return judges.ServerJudge(server, **asked), server
 
 
 def finish(output: Path, made_by: Mapping, records: list[Record],

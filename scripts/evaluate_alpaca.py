@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.evaluations import asking, refuse_other_inputs, replies
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.server import check_judge
 from lm.stages import locked
 from lm.tables import paper_rows, table
-from scripts.evaluate_mt_bench import asking, refuse_other_inputs, replies
 
 if TYPE_CHECKING:
     from alpaca_eval.annotators import PairwiseAnnotator

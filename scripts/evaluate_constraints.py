@@ -18,8 +18,8 @@ from types import NoneType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.judges import check_constraints, satisfied
 from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
+from lm.rules import check_constraints, satisfied
 from lm.shares import Share, wilson
 from lm.tables import table
 

@@ -26,12 +26,12 @@ from lm.models import load_tokenizer, precision
 from lm.records import InputError, Record, read_records, write_json, wrong_field
 from lm.shares import Share
 from lm.tables import table
+from self_judge.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from self_judge.judgment import Judgment, Pair
     from self_judge.templates import Templates
 
-TEMPLATES = "configs/templates/judge_hh.yaml"
 MEANINGS = {
     "accuracy": "accuracy (a tie counts one half)",
     "consistency": "both orders choose the same response",
@@ -113,8 +113,8 @@ def read_pairs(source: str, templates: "Templates", seed: int = 42) -> list[Reco
     from self_judge.preferences import DEFAULT, context_text, found_in
 
     if Path(source).suffix in (".yaml", ".yml"):
-        from preprocess import judge_pairs_of
         from self_judge.config import load_config
+        from self_judge.data import judge_pairs_of
 
         return judge_pairs_of(load_config(source))
     records = read_records(source)

@@ -19,19 +19,17 @@ judge start `vllm serve` or `transformers serve` and give its address as --base_
 Cost (estimates): 160 replies judged by gpt-4 $8, by gpt-4o $0.60; 5 minutes at 8 requests a time.
 """
 
-import contextlib
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lm.budget import LOCAL
 from lm.cli import run
+from lm.dialogues import by_question, check_entries, read_dialogues
+from lm.evaluations import ask, asking, refuse_other_inputs, report_failed
 from lm.prompts import fill, load_prompt
 from lm.records import (
     InputError,
@@ -39,21 +37,14 @@ from lm.records import (
     check_fields,
     read_records,
     write_json,
-    wrong_field,
 )
-from lm.server import check_judge, connect, paid
-from lm.stages import locked, refuse_changes
+from lm.server import check_judge
+from lm.stages import locked
 from lm.tables import paper_rows, table
-from scripts.report_results import read
-
-if TYPE_CHECKING:
-    from lm.replies import Reply, Request
-    from lm.server import Server
 
 SCORE = re.compile(r"^\W*score[\s:*_=]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?[.*_\s]*$",
                    re.IGNORECASE | re.MULTILINE)
 FIELDS = {"system": set(), "user": {"dialogue"}, "reference": {"turn", "reference"}}
-NAMES = ("benchmark", "model", "baseline", "judge_model")  # inputs that are no paths
 DRAWS = 1000  # of the bootstrap
 
 
@@ -123,87 +114,6 @@ def main(answers: str, judge_model: str, base_url: str = "", output_dir: str = "
         print(f"written: {folder}/results.json")
 
 
-@contextlib.contextmanager
-def asking(folder: Path, model: str, base_url: str,
-           flags: Mapping) -> Iterator[tuple["Server", float]]:
-    """The judge's server, and the dollars that earlier runs for this folder spent.
-
-    Its budget goes on from what the replies in the folder's cache have cost; those that gave no
-    judgment are not kept there. At the end, whatever it is, what this run took is told.
-    """
-    requests, cost = paid(folder / "cache")
-    server = connect(model, base_url, flags, cache=str(folder / "cache"))
-    server.budget.go_on_from([{"requests": requests, "cost": cost}])
-    try:
-        yield server, cost
-    finally:
-        if (asked := server.budget.requests - requests) and server.price.known:
-            print(f"this run: {asked} requests, ${server.budget.cost - cost:.4f}")
-
-
-def refuse_other_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Stop before results of other inputs would be replaced."""
-    path = folder / "results.json"
-    if path.is_file():
-        found = read(path)
-        same = {name: value for name, value in inputs.items()
-                if comparable(name, str(found.get(name))) == comparable(name, value)}
-        refuse_changes(path, {name: found.get(name) for name in inputs} | same, inputs)
-
-
-def comparable(name: str, value: str) -> str:
-    """An input so that equal ones are written alike.
-
-    A path may be written in many ways; a server on this machine has another port each time.
-
-    >>> comparable("base_url", "http://localhost:8000/v1") == comparable("base_url", "http://[::1]")
-    True
-    """
-    if name == "base_url":
-        return "this machine" if LOCAL.match(value) else value
-    return value if name in NAMES else os.path.realpath(value)
-
-
-def read_dialogues(path: str) -> list[Record]:
-    """Answered questions, no number twice, with as many outputs as turns, at least one."""
-    records = read_records(path)
-    check_fields(records, path, {"question_id": (int, str), "category": (str,), "turns": (list,),
-                                 "outputs": (list,), "generator": (str,)}, {"reference": (list,)})
-    for index, record in enumerate(records):
-        if not record["turns"] or len(record["turns"]) != len(record["outputs"]):
-            raise InputError(f"{path}: record {index}: has {len(record['turns'])} turns and "
-                             f"{len(record['outputs'])} outputs; make the answers with "
-                             "scripts/generate_dialogues.py")
-        for field in ("turns", "outputs"):
-            check_entries(f"{path}: record {index}", field, record[field], str)
-        check_entries(f"{path}: record {index}", "reference", record.get("reference", []),
-                      str, NoneType)
-    by_question(records, path)
-    return records
-
-
-def check_entries(where: str, field: str, entries: object, *kinds: type) -> None:
-    """Stop unless a field is a list of entries of these kinds."""
-    wrong = wrong_field({field: entries}, {field: (list,)})
-    if not wrong:
-        numbered = {f"{field}[{place}]": entry for place, entry in enumerate(entries)}
-        wrong = wrong_field(numbered, dict.fromkeys(numbered, kinds))
-    if wrong:
-        raise InputError(f"{where}: {wrong}")
-
-
-def by_question(records: list[Record], path: str) -> dict[str, Record]:
-    """The records by their question's number or name as text, so that 1 is "1"; none twice."""
-    found: dict[str, Record] = {}
-    for index, record in enumerate(records):
-        name = str(record["question_id"])
-        if name in found:
-            raise InputError(f"{path}: record {index}: field 'question_id' repeats that of an "
-                             "earlier record; keep one of them")
-        found[name] = record
-    return found
-
-
 def with_references(records: list[Record], path: str) -> list[Record]:
     """The records with the references of a file, by question; none where it has none."""
     known = read_records(path)
@@ -248,39 +158,6 @@ def question(prompt: Mapping[str, str], record: Record, turn: int) -> list[dict[
             {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def ask(server: "Server", requests: Sequence["Request"],
-        read: Callable[[str], object]) -> list[dict]:
-    """For each request {value, reply, error}: the value that is read from the reply, or None.
-
-    What gave none does not stay in the cache, so the next run asks it again.
-    """
-    numbered = dict(enumerate(requests))
-    said: dict[int, dict] = {}
-    for index, reply in replies(server, numbered):
-        error = reply.error or ("cut off before its end" if reply.finish_reason == "length" else "")
-        value = None if error else read(reply.text)
-        if value is None:
-            server.forget(requests[index])
-            error = error or "cannot be read"
-        said[index] = {"value": value, "reply": reply.text, "error": error}
-    return [said[index] for index in numbered]
-
-
-def replies(server: "Server", requests: Mapping[int, "Request"]) -> Iterator[tuple[int, "Reply"]]:
-    """(index, reply) as they come, under a progress bar with the dollars of the budget.
-
-    Those of earlier runs are among them. Before it, what the replies may cost is told.
-    """
-    from tqdm import tqdm
-
-    print(server.estimate(requests))
-    progress = tqdm(server.ask(requests), total=len(requests), unit="judgment")
-    for index, reply in progress:
-        if server.price.known:
-            progress.set_postfix_str(f"${server.budget.cost:.2f}")
-        yield index, reply
-
-
 def read_score(text: str) -> float | None:
     """The score, if the reply gives one and no other.
 
@@ -289,17 +166,6 @@ def read_score(text: str) -> float | None:
     """
     found = {float(score) for score in SCORE.findall(text)}
     return found.pop() if len(found) == 1 and 1 <= min(found) <= 10 else None
-
-
-def report_failed(judged: list[Record], value: str, folder: Path) -> int:
-    """Say how many judgments failed, and stop if all did."""
-    failed = [entry for entry in judged if entry[value] is None]
-    if failed:
-        print(f"{len(failed)} of {len(judged)} judgments failed (the last: {failed[-1]['error']}); "
-              f"they are in {folder}/judgments.json, and the same command asks for them again")
-    if len(failed) == len(judged):
-        raise InputError("no judgment could be read; choose another judge")
-    return len(failed)
 
 
 def means(judged: list[Record]) -> dict[str, dict[str, dict]]:

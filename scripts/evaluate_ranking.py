@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lm.cli import run
 from lm.models import find_adapter, resolve_model
 from lm.records import InputError, changes, write_json
-from lm.stages import locked
+from lm.results import read_result
+from lm.stages import fingerprint, locked
 from lm.tables import paper_rows, table
-from scripts.generate import fingerprint
-from scripts.report_results import kind_of, read
+from scripts.report_results import kind_of
 
 PAPER_TASKS = "arc_challenge:25:acc_norm,hellaswag:10:acc_norm,mmlu:5:acc,truthfulqa_mc2:0:acc"
 PAPER_MEASURES = ("arc", "hellaswag", "mmlu", "truthfulqa")  # in the same order
@@ -113,7 +113,7 @@ def read_measured(path: Path, settings: dict, overwrite: bool) -> dict:
     if kind_of(path) != "ranking":
         raise InputError(f"{path}: is no result of this script; give another --name or "
                          "--output_dir")
-    measured = read(path)
+    measured = read_result(path)
     changed = changes(measured["settings"], settings)
     if changed and not overwrite:
         raise InputError(f"{path}: was measured with other settings ({'; '.join(changed)}); give "
@@ -191,7 +191,7 @@ def summary(folder: Path, tasks: list[Task]) -> list[str]:
     for path in sorted(folder.glob("*.json")):
         if kind_of(path) != "ranking":
             continue
-        measured = read(path)
+        measured = read_result(path)
         limit = measured["settings"]["limit"]
         limited += [f"{path.stem}: only the first {limit} questions of each task"] if limit else []
         rows.append([path.stem, *(cell(measured["results"].get(str(task))) for task in tasks)])

@@ -16,7 +16,6 @@ Lsum by the lines that are there: its defaults. The paper does not say which of 
 Cost (an estimate, not measured): 1939 summaries by a 13B model, 10 minutes on one H100.
 """
 
-import os
 import sys
 from pathlib import Path
 from types import NoneType
@@ -24,6 +23,7 @@ from types import NoneType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.processes import is_first
 from lm.records import InputError, Record, check_fields, read_records, write_json
 from lm.tables import paper_rows, table
 from scripts.generate import load_prompts
@@ -65,7 +65,7 @@ def main(data_path: str, outputs: str | tuple | list = (), base_model_name_or_pa
                  output_path=str(made), peft_model_path=peft_model_path, load_in=load_in,
                  max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
         paths.append(str(made))
-    if os.environ.get("RANK", "0") != "0":  # the first process scores, what it has written
+    if not is_first():  # the first process scores, what it has written
         return
     if not paths:
         raise InputError("nothing to score; give --base_model_name_or_path or --outputs")

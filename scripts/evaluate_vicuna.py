@@ -28,20 +28,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.dialogues import by_question, read_dialogues
+from lm.evaluations import ask, asking, refuse_other_inputs, report_failed
 from lm.prompts import fill, load_prompt
 from lm.records import InputError, Record, write_json
 from lm.server import check_judge
 from lm.shares import Share, wilson
 from lm.stages import locked
 from lm.tables import paper_rows, table
-from scripts.evaluate_mt_bench import (
-    ask,
-    asking,
-    by_question,
-    read_dialogues,
-    refuse_other_inputs,
-    report_failed,
-)
 
 VERDICT = re.compile(r"^\W*verdict[\s:*_=]+(A|B|tie)[.*_\s]*$", re.IGNORECASE | re.MULTILINE)
 FIELDS = {"system": set(), "user": {"question", "first", "second"}}

@@ -20,7 +20,6 @@ Differs from the released script: batches, resumes, and decodes the new tokens o
 text at the first "### Response:", even one inside an instruction).
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -32,6 +31,7 @@ from typing import IO, TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lm.budget import noting_costs
 from lm.cli import run
 from lm.journal import append, by_content, check_settings, digest, open_journal
 from lm.models import (
@@ -63,7 +63,7 @@ from lm.records import (
     write_json,
 )
 from lm.server import RequestsFailed, connect, generate_on, requests_of
-from lm.stages import MODEL_FILES
+from lm.stages import fingerprint
 from lm.templates import load_template
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ if TYPE_CHECKING:
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
 ENGINES = ("hf", "vllm")
-CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 # Fields of a record that speak of another response than the one made here.
 OF_ANOTHER_RESPONSE = ("input", "output", "judgment", "score", "reason", "i_ans", "completions")
 
@@ -266,15 +265,6 @@ def template_text(name: str) -> str:
     return name if name == "chat" else load_template(name).prompt
 
 
-def fingerprint(folder: Path | None) -> str:
-    """Changes when a model's files in a folder are written again; empty for one on the Hub."""
-    if folder is None or not folder.is_dir():
-        return ""
-    files = {file for kind in (*MODEL_FILES, *CONFIGS) for file in folder.glob(kind)}
-    return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                   for file in sorted(files)])
-
-
 def journal_file(output: Path) -> Path:
     return output.with_name(output.name + ".responses.jsonl")
 
@@ -395,7 +385,7 @@ def note(bar: "tqdm", contents: Sequence[str], file: IO[str], lines: Sequence[Ma
     """
     if server:
         server.budget.go_on_from(lines)
-    with noting_costs(file, server):
+    with noting_costs(file, server.budget if server else None):
         try:
             for index, response in bar:
                 append(file, {"index": index, "content": contents[index],
@@ -416,20 +406,6 @@ def tell_failed(failure: RequestsFailed, output: Path, failed: int, total: int,
     if failed > max_failed * total or failed == total:
         raise failure
     print(f"{output}: {failed} of {total} prompts are left out: {failure}")
-
-
-@contextlib.contextmanager
-def noting_costs(file: IO[str], server: "Server | None") -> Iterator[None]:
-    """At the end, whatever it is, note what was spent: failed requests have no lines of their own.
-
-    Nor have those that an interrupt gives up. The next run's budget counts it.
-    """
-    try:
-        yield
-    finally:
-        spent = server.budget.spent(under_way=True) if server else {}
-        if spent and (spent["cost"] or server.budget.max_requests):
-            append(file, spent)
 
 
 def write_output(output: Path, records: list[Record], settings: dict,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lm.budget import BYTES_PER_TOKEN
+from lm.budget import BYTES_PER_TOKEN, noting_costs
 from lm.cli import run
 from lm.journal import append, by_content, check_settings, digest, discard, open_journal
 from lm.models import load_tokenizer, precision
@@ -41,12 +41,11 @@ from scripts.generate import (
     bound,
     is_done,
     journal_file,
-    noting_costs,
     read_settings,
     refuse_same,
     settings_file,
 )
-from scripts.self_reject import model_settings
+from self_judge.base import model_settings
 
 if TYPE_CHECKING:
     from lm.generation import Response
@@ -188,7 +187,7 @@ def answer(questions: list[Record], settings: dict, output: Path, start: Callabl
         if server:
             server.budget.go_on_from(lines)
             print(server.estimate(requests_of(questions, settings, done)))
-        with (noting_costs(file, server),
+        with (noting_costs(file, server.budget if server else None),
               tqdm(total=total, initial=len(done), unit="reply") as bar):
             for place, line in replies_of(start(), questions, settings, done):
                 done[place] = line | (server.budget.spent() if server else {})

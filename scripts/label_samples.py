@@ -18,8 +18,6 @@ own); after a stop, even a kill, the same command goes on where it was, with any
 processes, and another --select asks for nothing twice.
 """
 
-import functools
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +28,7 @@ from typing import IO, TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.journal import digest
-from lm.models import load_tokenizer, precision
+from lm.processes import is_first
 from lm.records import (
     InputError,
     Record,
@@ -40,23 +37,18 @@ from lm.records import (
     write_lines,
     wrong_field,
 )
-from scripts.evaluate_judge import TEMPLATES
-from scripts.self_reject import (
+from self_judge.judged_samples import (
     check_flags,
     check_paths,
     in_parts,
     journal_of,
-    judge_settings,
     messages_of,
-    model_settings,
-    referee,
-    rendered,
-    sampled,
     shared_out,
 )
+from self_judge.templates import TEMPLATES
 
 if TYPE_CHECKING:
-    from scripts.self_reject import Judge
+    from self_judge.judged_samples import Judge
     from self_judge.judgment import Judgment
     from self_judge.off_policy import Kept
     from self_judge.preferences import Message
@@ -110,7 +102,8 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
         load_in: 8bit|4bit|bf16|fp16|fp32|checkpoint; auto is checkpoint on CUDA, fp32 on the CPU.
         overwrite: Start again even if there are samples.
     """
-    from self_judge.base import find_base, load_base
+    from self_judge.base import find_base
+    from self_judge.judged_samples import JudgedSamples
     from self_judge.off_policy import above, accepted_pairs, best_of, quantile, rewards_of
     from self_judge.templates import load_templates
 
@@ -126,22 +119,15 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
     records, prompts = read_prompts(data_path, section, limit)
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})
-    tokenizer = load_tokenizer(base.model)
-    queries, contexts = rendered(prompts, section, tokenizer)
-    asked = judge_settings(section, tokenizer, max_length, num_samples)
-    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
-                "seed": seed}
-    settings = {**model_settings(base), "load_in": load_in, "prompts": digest(queries),
-                "judge": digest(asked), "num_samples": num_samples, **sampling}
-    load = functools.cache(lambda: load_base(base, precision(load_in)))  # if anything is left to do
+    source = JudgedSamples(
+        base, load_in, prompts, section, num_samples=num_samples, max_length=max_length,
+        batch_tokens=batch_tokens, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, seed=seed)
 
     def label(which: Sequence[int], lines: Sequence[Record], file: IO[str], quiet: bool) -> tuple:
-        samples = sampled(load, tokenizer, {place: queries[place] for place in which},
-                          num_samples, lines, file, quiet, **sampling, token_budget=batch_tokens)
-        responses = [[line["output"] for line in of_prompt] for of_prompt in samples]
+        samples, responses, judge = source.of(which, lines, file, quiet)
         judged: dict[Match, Judgment] = {}
-        judge = noting(referee(load, tokenizer, {place: contexts[place] for place in which},
-                               responses, lines, file, asked), judged, quiet)
+        judge = noting(judge, judged, quiet)
         if select == "raft":
             found = {output: (best_of(responses, judge), Counter())}
         else:
@@ -154,7 +140,7 @@ def main(model: str, data_path: str, output_path: str, select: str, templates: s
                              Counter()) for path, level in zip(outputs, levels, strict=True)})
         return samples, judged, found
 
-    labelled = shared_out(label, queries, outputs, journal, settings, overwrite)
+    labelled = shared_out(label, source, outputs, journal, overwrite)
     if labelled is None:
         return
     samples, judged, found = labelled
@@ -238,7 +224,7 @@ def read_prompts(source: str, templates: "Templates",
         prompts.append(prompt)
     for number, what in ((left_out, "records without a pair"),
                          (len(bad.messages), "bad records")):
-        if number and os.environ.get("RANK", "0") == "0":
+        if number and is_first():
             print(f"{source}: {number} {what} left out, as in training")
     if not records:
         raise InputError(f"{source}: holds no prompt; expected HH's or UltraFeedback's fields, or "

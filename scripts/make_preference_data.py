@@ -23,8 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.judges import WORD, judge_by_rules, satisfied
 from lm.records import Record, write_lines
+from lm.rules import WORD, judge_by_rules, satisfied
 from scripts.make_sample_data import (
     NOT_DECENT,
     Answerer,

@@ -5,7 +5,7 @@
 1. prompts: topics x tasks x constraints, from data/sample/ingredients.yaml; the splits share no
    topic and no wording of a constraint
 2. responses: several a train prompt, sampled from the embedded model
-3. verdicts: IFEval's checkers decide, lm/judges.py says what is wrong
+3. verdicts: IFEval's checkers decide, lm/rules.py says what is wrong
 4. choice: first paragraphs that are decent answers, evenly over the kinds, good and bad ones of
    the same prompt where there are any
 5. a table: how often the base model satisfies each kind, and what was chosen
@@ -26,8 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.judges import judge_by_rules, satisfied
 from lm.records import Record, read_records, write_lines
+from lm.rules import judge_by_rules, satisfied
 
 # An answer about the exercise, in lists or in markup is not worth imitating.
 NOT_DECENT = re.compile(

@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetune_unlikelihood
 from cut.online import in_order
 from lm.cli import run, typed
-from lm.judges import check_constraints
 from lm.models import resolve_model
 from lm.records import (
     InputError,
@@ -49,6 +48,7 @@ from lm.records import (
     read_records,
     write_json,
 )
+from lm.rules import check_constraints
 from lm.runs import describe_run
 from lm.server import check_judge
 from lm.stages import locked, refuse_changes

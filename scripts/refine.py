@@ -11,13 +11,13 @@ killed run goes on, a finished one is not made again, torchrun shares the work, 
 a server; what it will cost at most is told first.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.processes import is_first
 from lm.prompts import fill, load_prompt
 from lm.records import (
     InputError,
@@ -88,7 +88,7 @@ def main(base_model_name_or_path: str, data_path: str, output_path: str,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
             batch_tokens=batch_tokens, load_in=load_in, overwrite=overwrite, base_url=base_url,
             **of_server)
-        if os.environ.get("RANK", "0") != "0":  # the first process writes
+        if not is_first():  # the first process writes
             return
         answers = [answer["output"] for answer in read_records(str(refinements))]
         ends = generate.ends(refinements, str(prompts), "plain")

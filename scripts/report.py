@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, write_text
+from lm.results import read_result
 from scripts.report_papers import paper_tables
-from scripts.report_results import escaped, found_tables, read
+from scripts.report_results import escaped, found_tables
 
 # Panels of a training's curves: title, what of the log is drawn, and times what.
 PANELS = (
@@ -85,7 +86,7 @@ def draw_curves(root: Path, files: Sequence[Path], output: Path) -> dict[str, Pa
     for path in files:
         if path.name != "trainer_state.json":
             continue
-        if panels := panels_of(read(path).get("log_history", [])):
+        if panels := panels_of(read_result(path).get("log_history", [])):
             parts = path.parent.relative_to(root).parts or (root.resolve().name,)
             pictures[escaped("/".join(parts))] = output / f"{'-'.join(parts)}.png"
             draw(panels, output / f"{'-'.join(parts)}.png")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.records import Record
+from lm.results import read_result
 from lm.tables import PAPER_TABLES
-from scripts.report_results import escaped, figure, markdown_table, part, read
+from scripts.report_results import escaped, figure, markdown_table, part
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def our_figure(root: Path, row: Record, measure: Measure) -> str | None:
     path = root / measure.file.format(run=row["run"], name=row["run"].replace("/", "-"))
     if not path.is_file():
         return None
-    result = value = read(path)
+    result = value = read_result(path)
     for key in measure.key:
         value = (list(value.values())[-1] if key == "*" and value else
                  value.get(key) if isinstance(value, Mapping) else None)

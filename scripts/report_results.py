@@ -1,14 +1,12 @@
 """The tables of scripts/report.py with all results that were found, as Markdown."""
 
-import functools
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from lm.records import InputError, Record
+from lm.records import Record
+from lm.results import read_result
 from lm.terminal import printable
 
 Entries = Sequence[tuple[str, Record]]  # path below the folder, what it holds
@@ -28,7 +26,7 @@ def found_tables(root: Path, files: Sequence[Path]) -> Iterator[str]:
     """A table of each kind of result."""
     results: dict[str, list[tuple[str, Record]]] = {kind: [] for kind in KINDS}
     for path in files:
-        if (kind := kind_of(path)) and is_ours(kind, result := read(path)):
+        if (kind := kind_of(path)) and is_ours(kind, result := read_result(path)):
             results[kind].append((path.relative_to(root).as_posix(), result))
     for kind, entries in results.items():
         if entries:
@@ -245,23 +243,3 @@ def interval(found: Record | None, scale: float = 1, key: str = "share",
             + (f" of {found['total']}" if total else ""))
 
 
-class Found(Record):
-    """An object of a results file; a field that it lacks is an error that names the file."""
-
-    def __init__(self, path: Path, pairs: Sequence[tuple[str, object]]):
-        super().__init__(pairs)
-        self._path = path
-
-    def __missing__(self, field: str) -> NoReturn:
-        raise InputError(f"{self._path}: field '{field}' is missing; delete the file, or make it "
-                         "anew")
-
-
-def read(path: Path) -> Record:
-    """What a JSON file holds; each object in it knows the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"),
-                          object_pairs_hook=functools.partial(Found, path))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); delete it, or make it "
-                         "anew") from error

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.records import InputError, Record, write_json
+from lm.results import read_result
 from lm.runs import REPOSITORY
 from lm.stages import read_manifest
 from scripts import tables_report
-from scripts.report_results import read
 from scripts.tables_cells import (
     Cell,
     CellFailed,
@@ -193,7 +193,7 @@ def told(study: Study, cell: Cell, record: Record) -> str:
 
 def published(path: Path) -> Record:
     """The results that are there."""
-    return read(path) if path.exists() else {"cells": {}, "versions": {}}
+    return read_result(path) if path.exists() else {"cells": {}, "versions": {}}
 
 
 def collect(study: Study, path: Path) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.judges import judge_by_rules, satisfied
 from lm.records import InputError, Record, read_records, write_lines
+from lm.rules import judge_by_rules, satisfied
 from scripts import make_sample_data
 from scripts.make_sample_data import make_prompts
 

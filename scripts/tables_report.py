@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lm.records import InputError, Record, write_text
+from lm.results import read_result
 from lm.tables import PAPER_TABLES
-from scripts.report_results import escaped, markdown_table, read
+from scripts.report_results import escaped, markdown_table
 from scripts.tables_statistics import (
     Difference,
     Interval,
@@ -46,7 +47,7 @@ def write(settings: Mapping, folder: Path) -> None:
     import yaml
 
     papers = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tables"]
-    found = [read(path) for size in reversed(settings["sizes"])
+    found = [read_result(path) for size in reversed(settings["sizes"])
              if (path := folder / f"{size}.json").is_file()]
     if not found:
         raise InputError(f"{folder}: holds no results; bash scripts/tables.sh --size smoke makes "

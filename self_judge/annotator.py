@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lm.annotators import Question
 from lm.generation import generate
+from lm.judges import Question
 from lm.models import context_of
 from lm.verdicts import Judgment, negative
 from self_judge.judgment import Judgment as Verdict
@@ -41,7 +41,7 @@ MAX_LENGTH = 4096  # of models that state no limit
 
 @dataclass(frozen=True)
 class JsftJudge:
-    """A judge in the sense of lm/annotators.py; records have another response in `other`."""
+    """A judge in the sense of lm/judges.py; records have another response in `other`."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"

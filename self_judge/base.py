@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.models import adapter_config, find_adapter, is_quantized, load_adapter, load_model
+from lm.models import (
+    adapter_config,
+    find_adapter,
+    is_quantized,
+    load_adapter,
+    load_model,
+    resolve_model,
+)
 from lm.records import InputError
+from lm.stages import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +62,13 @@ def load_base(base: Base, load_in: str, attn_implementation: str = "auto") -> "P
     if base.adapters:  # what a new adapter notes as its base
         model.name_or_path = model.config.name_or_path = str(base.adapters[-1].resolve())
     return model
+
+
+def model_settings(base: Base) -> dict:
+    """What tells one model from another."""
+    folder = resolve_model(base.model)
+    return {"model": folder, "adapters": list(map(str, base.adapters)),
+            "weights": [fingerprint(Path(part)) for part in (folder, *base.adapters)]}
 
 
 def _below(name: str) -> Base:

@@ -11,9 +11,9 @@ from lm import runs
 from lm.models import context_of
 from lm.records import InputError, first_line
 from lm.trainers import LastStepLogged
-from preprocess import jsft_rows, judge_pairs_of
 from self_judge import launch
 from self_judge.config import Config
+from self_judge.data import jsft_rows, judge_pairs_of
 from self_judge.jsft_trainer import JsftTrainer
 from self_judge.launch import Data
 

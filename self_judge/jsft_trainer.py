@@ -25,7 +25,7 @@ from trl import SFTTrainer
 
 from lm.generation import token_budget_batches
 from lm.log_probs import supervised_log_probs
-from lm.packing import enable_packing, row_bounds
+from lm.packing import enable_packing, row_bounds, tokens_per_forward
 from lm.records import InputError
 from lm.trainers import (
     FiniteGradients,
@@ -39,7 +39,6 @@ from lm.trainers import (
 from self_judge.collators import IGNORED, JudgeAugmentedSFTCollator
 from self_judge.judgment import judge_metrics, judge_preferences
 
-TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 4096}  # any padding included; at least one row
 KINDS = ("sft", "judgment")
 
 
@@ -72,8 +71,8 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         self.is_plain = (args.loss_type == "nll" and self.label_smoother is None
                          and not self.aux_loss_enabled and self.compute_loss_func is None
                          and self.accelerator.parallelism_config is None)
-        self.unpadded = enable_packing(self.model, on_cpu=(
-            self.args.device.type == "cpu" and self.is_plain and not self.is_sharded()))
+        self.unpadded = self.is_plain and enable_packing(self.model, self.args.device,
+                                                         self.is_sharded())
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "completion_mask", "kind"]
@@ -92,7 +91,7 @@ class JsftTrainer(WholeCheckpoints, FullPrecision, InParts, SFTTrainer):
         found = [inputs]
         if not (self.is_sharded() or self.aux_loss_enabled):  # balance is a micro-batch's
             lengths = inputs["attention_mask"].sum(-1).tolist()
-            budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
+            budget = tokens_per_forward(self.args.device, self.unpadded)
             found = [{name: value[rows, :lengths[rows[0]]] for name, value in inputs.items()}
                      for rows in token_budget_batches(dict(enumerate(lengths)), 0, budget)]
         return [end_to_end(part) | row_bounds(self.model, part["attention_mask"].sum(-1))

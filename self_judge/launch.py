@@ -21,9 +21,9 @@ from lm import models, runs
 from lm.log_probs import check_head
 from lm.quantized import keep_gradients
 from lm.records import InputError, first_line
-from preprocess import MAX_LENGTH
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
+from self_judge.data import MAX_LENGTH
 from self_judge.sources import has_split, local_files, settings_of
 from self_judge.templates import DECISION, decision_ids, judge_templates, load_templates
 

@@ -14,15 +14,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from lm.generation import Response, token_budget_batches
+from lm.packing import tokens_per_forward
 from lm.records import InputError
 from lm.templates import prompt_ids
 from lm.trainers import present_rows
 from self_judge.judgment import Pair, judge_pairs
 from self_judge.metrics import count_lengths, count_step, counted_tokens
 from self_judge.pairs import Comparison, Row, empty_row, keep_end, part_of
-
-# A pair a forward is as fast as several on a CPU, with less memory; a GPU wants its units filled.
-TOKENS_PER_FORWARD = {"cpu": 256, "cuda": 4096}  # padding included; at least one pair
 
 
 class OnPolicy:
@@ -134,7 +132,7 @@ class OnPolicy:
         longer = lengths.view(2, -1).amax(0)
         if self.is_sharded():
             return [list(range(len(longer)))]
-        budget = TOKENS_PER_FORWARD.get(self.args.device.type, 4096)
+        budget = tokens_per_forward(self.args.device, self.unpadded)
         return list(token_budget_batches(dict(enumerate((2 * longer).tolist())), 0, budget))
 
     def _agree(self, micro: list[dict], pairs: int) -> int:

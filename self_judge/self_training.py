@@ -15,9 +15,9 @@ from lm import runs
 from lm.records import InputError, first_line
 from lm.templates import prompt_ids
 from lm.trainers import LastStepLogged
-from preprocess import self_judge_rows
 from self_judge import inputs, launch
 from self_judge.config import Config
+from self_judge.data import self_judge_rows
 from self_judge.launch import Data
 from self_judge.sampling import sampling_of
 from self_judge.trainer import SelfJudgeTrainer

@@ -21,6 +21,7 @@ from lm.records import InputError
 from lm.templates import ids_in_pieces, prompt_ids
 from self_judge.config import check_keys
 
+TEMPLATES = "configs/templates/judge_hh.yaml"  # of scripts, where no others are named
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("context", "response_a", "response_b")
 FIELD = re.compile(r"\{(context|response_a|response_b)\}")

@@ -159,9 +159,11 @@ class SelfJudgeTrainer(WholeCheckpoints, FullPrecision, OnPolicy, InParts, DPOTr
         self.skipped = self.pairs_in_step = 0
         self.told_of_skips = False
         self.log_probs: list[Tensor] = []  # of rows, [2B]: the policy's, then the reference's
+        self.unpadded = False
         for scored in filter(None, (self.model, self.ref_model)):
             if not self.aux_loss_enabled:  # a mixture of experts' own loss is left to trl's head
-                score_responses_only(self.accelerator.unwrap_model(scored))
+                self.unpadded = score_responses_only(self.accelerator.unwrap_model(scored),
+                                                     self.args.device, self.is_sharded())
         if sampling:
             self.engine = (HuggingFaceEngine(self, sampling) if sampling.engine == "hf"
                            else VllmEngine(self, sampling, self.row_length))

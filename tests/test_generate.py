@@ -18,6 +18,7 @@ from lm.journal import append, open_journal
 from lm.models import add_lora, load_model
 from lm.processes import part_of, parts, share
 from lm.records import InputError, write_json
+from lm.stages import fingerprint
 from scripts import generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,10 +346,10 @@ def test_a_launcher_is_refused_where_one_process_asks_for_all(tiny_llama, prompt
 def test_weights_written_anew_are_another_model(tiny_llama, tmp_path):
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
-    before = generate.fingerprint(tmp_path)
-    assert generate.fingerprint(tmp_path) == before
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    assert generate.fingerprint(tmp_path) != before
+    assert fingerprint(tmp_path) != before
 
 
 def test_another_chat_template_is_other_settings(tiny_llama, prompts, tmp_path):
@@ -425,6 +426,6 @@ def test_wrong_field_is_named(tiny_llama, tmp_path):
 def test_a_model_is_another_one_once_a_file_that_answers_depend_on_has_changed(name, counts,
                                                                                tmp_path):
     (tmp_path / name).write_text("a")
-    before = generate.fingerprint(tmp_path)
+    before = fingerprint(tmp_path)
     (tmp_path / name).write_text("bc")
-    assert (generate.fingerprint(tmp_path) != before) == counts
+    assert (fingerprint(tmp_path) != before) == counts

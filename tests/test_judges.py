@@ -1,110 +1,135 @@
-"""The rule judge: IFEval's verdicts, our words. Run: pytest tests/test_judges.py -n0"""
+"""The judges behind one protocol. Run: pytest tests/test_judges.py -n0"""
 
-import subprocess
-import sys
+import csv
+import json
+from pathlib import Path
 
 import pytest
+from fault_server import FaultServer
 
-from lm.judges import PHRASES, judge_by_rules, satisfied
+from lm.judges import HumanJudge, LocalJudge, Question, RuleJudge, ServerJudge
+from lm.models import load_model, load_tokenizer
 from lm.records import InputError
+from lm.rules import judge_by_rules
+from lm.server import Server
+from lm.verdicts import JudgePrompt, load_judge_prompt
+
+NO_COMMA = [{"kind": "punctuation:no_comma", "kwargs": {}}]
 
 
-def at_most(words):
-    return {"kind": "length_constraints:number_words",
-            "kwargs": {"num_words": words + 1, "relation": "less than"}}
+def question(number: int, **record) -> Question:
+    return Question.of({"instruction": f"Q{number}.", "output": f"A, {number}", **record})
 
 
-NO_COMMA = {"kind": "punctuation:no_comma", "kwargs": {}}
-FORBIDDEN = {"kind": "keywords:forbidden_words", "kwargs": {"forbidden_words": ["rain"]}}
-REQUIRED = {"kind": "keywords:existence", "kwargs": {"keywords": ["umbrella"]}}
-ONE_THE = {"kind": "keywords:frequency",
-           "kwargs": {"keyword": r"\bthe\b", "frequency": 2, "relation": "less than"}}
+def test_a_question_joins_instruction_and_input():
+    asked = Question.of({"instruction": "Sing", "input": "la", "output": "lo", "id": 7})
+    assert (asked.instruction, asked.response, asked.record["id"]) == ("Sing\nla", "lo", 7)
 
 
-def judgments(constraint, response, seeds=60):
-    record = {"instruction": "Say something.", "constraints": [constraint]}
-    return {judge_by_rules(record, response, seed) for seed in range(seeds)}
+def test_rules():
+    asked = {3: question(1, constraints=NO_COMMA), 5: Question("Q.", "Fine", {
+        "instruction": "Q.", "constraints": NO_COMMA})}
+    judgments = dict(RuleJudge(seed=4)(asked))
+    assert judgments[3].text == judge_by_rules(asked[3].record, "A, 1", 4)
+    assert judgments[5].text is None and judgments[5].status == "ok"
 
 
-@pytest.mark.parametrize("constraint, good, bad", [
-    (at_most(5), "One two three four five.", "One two three four five six."),
-    (NO_COMMA, "Rain falls and falls.", "Rain, rain."),
-    (FORBIDDEN, "The rainbow trains.", "Some Rain falls."),  # whole words only, any case
-    (REQUIRED, "Take an Umbrella.", "Take a coat."),
-    (ONE_THE, "The dog and other cats.", "The dog saw the cat."),
-])
-def test_verdict_and_judgment_agree(constraint, good, bad):
-    assert satisfied([constraint], good) == [True]
-    assert satisfied([constraint], bad) == [False]
-    assert judgments(constraint, good) == {None}
-    assert None not in judgments(constraint, bad)
+def test_server_judge_asks_with_the_prompt_and_forgets_what_is_useless(tmp_path):
+    answers = {"Q0.": "perfect", "Q1.": "Too short.", "Q2.": "I'm sorry, I can't."}
+    with FaultServer(answer=lambda text: next(a for q, a in answers.items() if q in text)) as http:
+        server = Server("m", http.url, cache=str(tmp_path))
+        judge = ServerJudge(server, load_judge_prompt("annotator"), max_new_tokens=9, seed=3)
+        asked = {index: question(index) for index in range(3)}
+        judgments = dict(judge(asked))
+        assert [judgments[i].text for i in range(3)] == [None, "Too short.", None]
+        assert [judgments[i].status for i in range(3)] == ["ok", "ok", "failed"]
+        assert judgments[2].raw == "I'm sorry, I can't."
+        body = next(body for body in http.bodies if "Q1." in str(body))
+        assert "A, 1" in body["messages"][1]["content"] and body["messages"][0]["role"] == "system"
+        assert (body["max_tokens"], body["temperature"], body["seed"]) == (9, 0.0, 3)
+        assert len(dict(judge(asked))) == 3
+        assert len(http.asked) == 4 and "Q2." in http.asked[-1]  # the refusal only
+        dict(ServerJudge(server, judge.prompt, max_new_tokens=9)(asked))
+        assert len(http.asked) == 7 and "seed" not in http.bodies[-1]  # another seed asks anew
 
 
-@pytest.mark.parametrize("constraint, response, details", [
-    (at_most(3), "Rain falls on my\nhead today.", ("3", '"Rain falls on"')),
-    (NO_COMMA, "Cold days, warm soup, and bread.", ('"days, warm"',)),
-    (FORBIDDEN, "I like summer rain best.", ('"rain"', '"summer rain"')),
-    (REQUIRED, "Take a coat.", ('"umbrella"',)),
-    (ONE_THE, "The dog saw the cat and the bird.", ('"the"', '"the cat"')),
-])
-def test_every_phrasing_says_what_is_wrong_and_where(constraint, response, details):
-    found = judgments(constraint, response)
-    assert len(found) >= 4
-    for judgment in found:
-        assert all(detail in judgment for detail in details), judgment
-        assert len(judgment.split()) <= 30
+def test_local_judge_reads_replies_of_the_model(tiny_llama):
+    """What a random model says is no judgment; that of a prompt, it says whatever the batch."""
+    model, tokenizer = load_model(str(tiny_llama)), load_tokenizer(str(tiny_llama))
+    prompt = load_judge_prompt("ai_judge")
+    asked = {index: question(index) for index in (1, 4, 6)}
+    judgments = dict(LocalJudge(model, tokenizer, prompt, max_new_tokens=6)(asked))
+    assert set(judgments) == set(asked)
+    assert all(judgment.status == "failed" and judgment.raw for judgment in judgments.values())
+    alone = dict(LocalJudge(model, tokenizer, prompt, max_new_tokens=6, batch_tokens=1)(asked))
+    assert alone == judgments
 
 
-def test_counts_are_told():
-    assert any("6 words" in text for text in judgments(at_most(3), "Rain falls on my head today."))
-    assert any("2 commas" in text for text in judgments(NO_COMMA, "Cold, wet, dark."))
-    assert any("3 times" in text for text in judgments(ONE_THE, "The dog, the cat, the bird."))
-    at_least = {"kind": "length_constraints:number_words",
-                "kwargs": {"num_words": 9, "relation": "at least"}}
-    assert any("2 words" in text and "9" in text for text in judgments(at_least, "Too short."))
+def test_a_prompt_that_is_too_long_fails_alone(tiny_llama):
+    model, tokenizer = load_model(str(tiny_llama)), load_tokenizer(str(tiny_llama))
+    asked = {0: Question("Q", "word " * 1500), 1: question(1)}
+    judgments = dict(LocalJudge(model, tokenizer, load_judge_prompt("ai_judge"), 6)(asked))
+    assert "too many for the judge's context of 1024" in judgments[0].error
+    assert judgments[1].raw
 
 
-@pytest.mark.parametrize("response", ["", "  \n"])
-def test_an_empty_response_satisfies_nothing(response):
-    assert satisfied([NO_COMMA, at_most(5)], response) == [False, False]
-    assert judgments(NO_COMMA, response) <= {"The response is empty.", "Nothing was answered."}
+def test_local_chat_judge_uses_the_models_chat_template(tiny_llama):
+    model, tokenizer = load_model(str(tiny_llama)), load_tokenizer(str(tiny_llama))
+    prompt = JudgePrompt("p", "perfect", "{instruction}{response}", system="S")
+    with pytest.raises(InputError, match="no chat template"):
+        dict(LocalJudge(model, tokenizer, prompt, 4)({0: question(0)}))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+    assert len(dict(LocalJudge(model, tokenizer, prompt, 4)({0: question(0)}))) == 1
 
 
-def test_each_failed_constraint_is_named_and_no_other():
-    record = {"instruction": "x", "constraints": [NO_COMMA, REQUIRED, FORBIDDEN]}
-    judgment = judge_by_rules(record, "Sun, and wind.", 0)
-    assert "comma" in judgment.lower() and '"umbrella"' in judgment and "rain" not in judgment
+def fill_in(sheet: Path, words: dict[str, str], delimiter: str = ",") -> None:
+    """What a person does with a spreadsheet program."""
+    rows = list(csv.DictReader(sheet.read_text(encoding="utf-8-sig").splitlines()))
+    with open(sheet, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows({**row, "judgment": words.get(row["instruction"], "")} for row in rows)
 
 
-def test_phrasing_follows_from_seed_instruction_and_response():
-    record = {"instruction": "Say something.", "constraints": [NO_COMMA]}
-    assert judge_by_rules(record, "a, b", 3) == judge_by_rules(dict(record, id=7), "a, b", 3)
-    assert len({judge_by_rules(record, f"a, {word}", 3).split('"')[0] for word in "bcdefgh"}) > 1
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_human_fills_in_a_csv(tmp_path, delimiter):
+    sheet = tmp_path / "new" / "sheet.csv"
+    judge, asked = HumanJudge(sheet), {index: question(index) for index in range(3)}
+    first = dict(judge(asked))
+    assert all("not filled in yet" in judgment.error for judgment in first.values())
+    fill_in(sheet, {"Q0.": "Perfect", "Q1.": ' Too "short", and wrong. ',
+                    "Q2.": "Sorry, off topic."}, delimiter)
+    second = dict(judge(asked))
+    assert [second[i].text for i in range(3)] == [
+        None, 'Too "short", and wrong.', "Sorry, off topic."]  # people do not refuse
+    before = sheet.read_bytes()
+    dict(judge(asked))
+    assert sheet.read_bytes() == before
+    assert dict(judge({0: question(1), 1: question(9)}))[0].text == 'Too "short", and wrong.'
+    assert dict(judge(asked))[1].text == 'Too "short", and wrong.'  # a row more, none lost
 
 
-def test_a_kind_without_phrases_of_its_own_is_judged_by_its_description():
-    constraint = {"kind": "startend:quotation", "kwargs": {}}
-    assert constraint["kind"] not in PHRASES
-    assert "quotation" in judgments(constraint, "No marks.").pop()
-    assert judgments(constraint, '"Marks."') == {None}
+def test_a_sheet_runs_nothing_in_a_spreadsheet(tmp_path):
+    sheet = tmp_path / "sheet.csv"
+    dict(HumanJudge(sheet)({0: Question("=1+1", '=HYPERLINK("http://x")\nline two')}))
+    with open(sheet, encoding="utf-8-sig", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert row["instruction"] == "'=1+1" and row["response"].startswith("'=H")
+    assert row["response"].endswith("\nline two")
 
 
-def test_unknown_kinds_and_incomplete_kwargs_are_errors():
-    with pytest.raises(InputError, match="unknown constraint kind 'punctuation:none'"):
-        satisfied([{"kind": "punctuation:none", "kwargs": {}}], "x")
-    with pytest.raises(InputError, match="number_sentences"):
-        satisfied([{"kind": "length_constraints:number_sentences",
-                    "kwargs": {"num_sentences": 1, "relation": "less than"}}], "x")
-    with pytest.raises(InputError, match="num_words"):
-        satisfied([{"kind": "length_constraints:number_words", "kwargs": {"num_words": 3}}], "x")
+def test_human_fills_in_a_jsonl(tmp_path):
+    sheet = tmp_path / "sheet.jsonl"
+    judge, asked = HumanJudge(sheet), {0: question(0), 1: question(1)}
+    dict(judge(asked))
+    rows = [json.loads(line) for line in sheet.read_text().splitlines()]
+    rows[1]["judgment"] = "Wrong."
+    sheet.write_text("\n".join(map(json.dumps, rows)))
+    judgments = dict(judge(asked))
+    assert judgments[0].error and judgments[1].text == "Wrong."
 
 
-def test_nothing_is_downloaded_and_lm_eval_is_imported_only_when_judging():
-    code = ("import sys, socket\n"
-            "def refuse(*a, **k): raise AssertionError('network')\n"
-            "socket.getaddrinfo = socket.socket.connect = refuse\n"
-            "from lm.judges import satisfied\n"
-            "assert 'lm_eval' not in sys.modules and 'nltk' not in sys.modules\n"
-            "print(satisfied([{'kind': 'punctuation:no_comma', 'kwargs': {}}], 'a b'))\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("[True]\n", 0), done.stderr
+def test_a_sheet_without_its_columns_is_an_error(tmp_path):
+    (tmp_path / "sheet.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"sheet\.csv: record 0: field 'key' is missing"):
+        dict(HumanJudge(tmp_path / "sheet.csv")({0: question(0)}))

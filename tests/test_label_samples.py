@@ -23,6 +23,7 @@ from lm.records import InputError, read_records
 from lm.templates import prompt_ids
 from preprocess import jsft_rows, self_judge_rows
 from scripts import label_samples
+from self_judge import judged_samples
 from self_judge.config import Config
 from self_judge.judgment import Pair, judge_pairs
 from self_judge.templates import judge_templates, load_templates
@@ -351,7 +352,7 @@ def test_prompts_are_those_that_a_run_trains_on(files, model, tmp_path):
     rows = self_judge_rows(config({"path": files["uf"], "eval_size": 2}, "self_judge"),
                            load_tokenizer(model))
     assert len(records) == len(rows) == 4
-    queries, contexts = label_samples.rendered(prompts, templates, load_tokenizer(model))
+    queries, contexts = judged_samples.rendered(prompts, templates, load_tokenizer(model))
     assert contexts == rows["context"]
     assert [load_tokenizer(model).decode(ids) for ids in queries] == rows["query"]
 

@@ -42,6 +42,7 @@ ARCHITECTURES = {
 }
 if hasattr(transformers, "HyperCLOVAXConfig"):  # multiplies by what Granite divides by
     ARCHITECTURES["hyperclovax"] = transformers.HyperCLOVAXConfig(**SMALL, logits_scaling=0.3)
+CPU = torch.device("cpu")
 TARGETS = {"gpt2": ["c_fc", "c_attn"]}
 
 
@@ -168,7 +169,7 @@ def test_rows_end_to_end_have_the_values_and_gradients_of_padded_ones(name, prep
     model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True)
-    assert enable_packing(model, on_cpu=True)
+    assert enable_packing(model, CPU, sharded=False)
     shapes.clear()
     packed = log_probs.supervised_log_probs_unpadded(model, ids, loss_mask)
     assert shapes == [(1, 12 + 7 + 9)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.judges import WORD, satisfied
 from lm.records import read_records
+from lm.rules import WORD, satisfied
 from scripts.make_preference_data import (
     annotations,
     constraint,

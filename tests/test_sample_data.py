@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.judges import judge_by_rules, satisfied
 from lm.records import check_fields, read_records
+from lm.rules import judge_by_rules, satisfied
 from scripts.make_sample_data import Answerer, choose, is_decent, make_prompts
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample"

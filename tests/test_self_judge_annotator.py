@@ -7,7 +7,7 @@ import torch
 import yaml
 from tiny_judge import tiny_model, tiny_tokenizer
 
-from lm.annotators import Question
+from lm.judges import Question
 from lm.records import InputError, read_records
 from preprocess import judgments
 from scripts import annotate

@@ -25,6 +25,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 import self_judge.inputs
 import self_judge.metrics
 import self_judge.pairs
+from lm import packing
 from lm.generation import Response, generate
 from lm.models import load_model
 from lm.records import InputError
@@ -225,7 +226,7 @@ def test_any_split_of_a_batch_gives_the_same_training(make, script, monkeypatch)
     script(lambda pair: judgment(pair, tie=worth(pair.response_a) < 0.33))
     runs = []
     for micro, accumulation, budget in ((4, 1, 1000), (2, 2, 1000), (1, 4, 1000), (4, 1, 50)):
-        monkeypatch.setitem(on_policy.TOKENS_PER_FORWARD, "cpu", budget)
+        monkeypatch.setitem(packing.TOKENS_PER_FORWARD, "cpu", budget)
         trainer = make({"per_device_train_batch_size": micro, "max_steps": -1,
                         "gradient_accumulation_steps": accumulation, "num_train_epochs": 1},
                        **FEW_ROUNDINGS)
@@ -557,7 +558,7 @@ def test_any_split_of_a_batch_gives_the_same_offline_training(make, script, monk
     """11 rows, so that the last step has three; whole or in parts; nothing is sampled or judged."""
     seen, runs = script(), []
     for micro, accumulation, budget in ((4, 1, 1000), (1, 4, 1000), (4, 1, 50)):
-        monkeypatch.setitem(on_policy.TOKENS_PER_FORWARD, "cpu", budget)
+        monkeypatch.setitem(packing.TOKENS_PER_FORWARD, "cpu", budget)
         log = steps(make({"per_device_train_batch_size": micro, "max_steps": -1,
                           "gradient_accumulation_steps": accumulation, "num_train_epochs": 1},
                          **OFFLINE))
@@ -813,8 +814,9 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import test_self_judge_trainer as tests
+from lm import packing
 from self_judge import on_policy, trainer as module
-on_policy.TOKENS_PER_FORWARD["cpu"] = 100  # the processes' parts differ in number and size
+packing.TOKENS_PER_FORWARD["cpu"] = 100  # the processes' parts differ in number and size
 on_policy.judge_pairs = lambda model, tokenizer, pairs, *rest, **options: [
     tests.judgment(pair, tie=tests.worth(pair.response_a) < 0.33) for pair in pairs]
 

@@ -24,6 +24,7 @@ from lm.processes import parts
 from lm.records import InputError, read_records, write_json
 from preprocess import self_judge_example
 from scripts import self_reject
+from self_judge import judged_samples
 from self_judge.preferences import found_in
 from self_judge.templates import judge_templates, load_templates
 from self_judge.tournament import tournament_rejection_sampling
@@ -136,8 +137,8 @@ def test_prompts_are_written_as_self_training_writes_them(model):
         templates = load_templates({"file": self_reject.TEMPLATES, "system": system})
         (pair,) = found_in(record, system=system).pairs
         trained = self_judge_example(pair, templates, tokenizer)
-        prompts = self_reject.messages_of([{"instruction": "Sing."}], templates)
-        (query,), (context,) = self_reject.rendered(prompts, templates, tokenizer)
+        prompts = judged_samples.messages_of([{"instruction": "Sing."}], templates)
+        (query,), (context,) = judged_samples.rendered(prompts, templates, tokenizer)
         assert tokenizer.decode(query) == trained["query"]
         assert context == trained["context"]
 
@@ -196,7 +197,7 @@ def test_only_journals_of_its_own_processes_are_gathered_or_discarded(tmp_path):
     for path in (own, *further, *others):
         path.write_text('{"seed": 1}\n{"prompt": 0}\n')
     assert parts(own) == [own, *further]
-    file, lines = self_reject.open_samples([tmp_path / "out"], own, {}, True, 0, 1)
+    file, lines = judged_samples.open_samples([tmp_path / "out"], own, {}, True, 0, 1)
     file.close()
     assert lines == [] and sorted(tmp_path.iterdir()) == sorted([own, *others])
 
@@ -204,7 +205,7 @@ def test_only_journals_of_its_own_processes_are_gathered_or_discarded(tmp_path):
 def test_verdicts_that_were_found_together_are_noted_together(model, prompts, tmp_path,
                                                               monkeypatch):
     noted = []
-    monkeypatch.setattr(self_reject, "append", lambda file, *lines: noted.append(lines))
+    monkeypatch.setattr(judged_samples, "append", lambda file, *lines: noted.append(lines))
     self_reject.main(model, str(tmp_path / "out.json"), data_path=prompts,
                      **FLAGS | {"num_samples": 2})
     assert [len(lines) for lines in noted if "probabilities" in lines[0]] == [PROMPTS]

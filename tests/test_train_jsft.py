@@ -159,7 +159,7 @@ def test_rows_without_padding_cost_the_same(
         "training_args.eval_strategy": "steps",
         "dataset": f"{{path: {train.data}, eval: {train.data}}}"}
     with monkeypatch.context() as patch:
-        patch.setattr(jsft_trainer, "enable_packing", lambda model, on_cpu: False)
+        patch.setattr(jsft_trainer, "enable_packing", lambda *_: False)
         padded = train(settings | {"training_args.output_dir": tmp_path / "padded"})
     seen, score = [], jsft_trainer.supervised_log_probs
 
@@ -306,7 +306,7 @@ def test_a_mixture_learns_no_balance_and_keeps_its_config(train, mixture, monkey
                 "training_args.eval_strategy": "steps", "training_args.eval_steps": 1}
     found = {}
     for budget in (1, 100_000):  # a row a forward pass, and all of them
-        monkeypatch.setitem(jsft_trainer.TOKENS_PER_FORWARD, "cpu", budget)
+        monkeypatch.setitem(packing.TOKENS_PER_FORWARD, "cpu", budget)
         result = train({**settings, "training_args.output_dir": train.folder / str(budget)})
         assert result.code == 0, result.err
         (entry,) = history(result.folder, "loss", "sft_loss")

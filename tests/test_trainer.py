@@ -29,6 +29,7 @@ from cut.trainer import (
     PaddedExamples,
     cut_losses,
 )
+from lm import packing
 from lm.records import InputError
 from lm.trainers import FiniteGradients, NonFiniteLoss
 
@@ -115,7 +116,7 @@ def test_any_split_of_a_batch_gives_the_same_trajectory(tiny_llama, tmp_path, mo
     for micro, accumulation, budget, unpadded in (
             (1, 8, 1024, True), (8, 1, 1024, True), (2, 4, 1024, True), (8, 1, 60, True),
             (8, 1, 1024, False), (8, 1, 60, False)):
-        monkeypatch.setitem(trainer_module.TOKENS_PER_FORWARD, "cpu", budget)
+        monkeypatch.setitem(packing.TOKENS_PER_FORWARD, "cpu", budget)
         model = with_lora(tiny_llama)
         trainer = make_trainer(model, random_rows(20), tmp_path, micro=micro, learning_rate=0.01,
                                accumulation=accumulation, num_train_epochs=2)
@@ -132,7 +133,7 @@ def test_any_split_of_a_batch_gives_the_same_trajectory(tiny_llama, tmp_path, mo
 
 
 def test_a_micro_batch_is_run_in_parts_of_the_token_budget(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(trainer_module.TOKENS_PER_FORWARD, "cpu", 100)
+    monkeypatch.setitem(packing.TOKENS_PER_FORWARD, "cpu", 100)
     passes = []
     original = trainer_module.cut_losses
 
