@@ -67,7 +67,7 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
     """
     from self_judge.base import find_base, load_base
     from self_judge.judgment import judge_preferences
-    from self_judge.templates import decision_ids, judge_templates, load_templates
+    from self_judge.templates import asked_of, load_templates
 
     if limit < 0 or batch_tokens < 0:
         raise InputError(f"--limit {limit} and --batch_tokens {batch_tokens} must be 0 or more")
@@ -83,11 +83,9 @@ def main(model: str, pairs: str, templates: str = TEMPLATES, peft_model_path: st
     base = find_base({"pretrained_model_name_or_path": model,
                       "peft_model_name_or_path": peft_model_path})
     tokenizer = load_tokenizer(base.model)
-    texts = judge_templates(section, tokenizer)
-    id_a, id_b = decision_ids(tokenizer, next(iter(texts.values())), section.decision)
+    asked = asked_of(section, tokenizer)
     judge = load_base(base, precision(load_in))
-    judged = judge_preferences(judge, tokenizer, preferences, texts, token_id_a=id_a,
-                               token_id_b=id_b, max_length=max_length,
+    judged = judge_preferences(judge, tokenizer, preferences, **asked, max_length=max_length,
                                token_budget=batch_tokens or None, progress=True)
     groups = grouped(preferences, *judged)
     print("\n".join(report(str(base), groups)))

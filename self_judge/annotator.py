@@ -29,7 +29,13 @@ from lm.verdicts import Judgment, negative
 from self_judge.judgment import Judgment as Verdict
 from self_judge.judgment import Pair, debias, judge_pairs
 from self_judge.preferences import context_text
-from self_judge.templates import Templates, decision_ids, judge_prompt_ids, judge_templates
+from self_judge.templates import (
+    Templates,
+    asked_of,
+    decision_ids,
+    judge_prompt_ids,
+    judge_templates,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,11 +84,9 @@ class JsftJudge:
 
     def _compare(self, pairs: Mapping[int, Pair]) -> list[Verdict]:
         """The debiased verdicts; A is the response that is judged."""
-        texts = judge_templates(self.templates, self.tokenizer)
-        id_a, id_b = decision_ids(self.tokenizer, next(iter(texts.values())),
-                                  self.templates.decision)
-        return judge_pairs(self.model, self.tokenizer, list(pairs.values()), texts,
-                           token_id_a=id_a, token_id_b=id_b, max_length=self._max_length())
+        return judge_pairs(self.model, self.tokenizer, list(pairs.values()),
+                           **asked_of(self.templates, self.tokenizer),
+                           max_length=self._max_length())
 
     def _prompt(self, pair: Pair, verdict: Verdict) -> list[int]:
         """Ids of the prompt and of the decision against the pair's first response."""

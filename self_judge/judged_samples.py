@@ -91,16 +91,14 @@ def rendered(prompts: "Sequence[Sequence[Message]]", templates: "Templates",
 def judge_settings(templates: "Templates", tokenizer: object, max_length: int,
                    num_samples: int) -> dict:
     """What `judge_pairs` is told; empty without matches. Checked before anything is sampled."""
-    from self_judge.templates import decision_ids, judge_prompt_ids, judge_templates
+    from self_judge.templates import asked_of, judge_prompt_ids
 
     if num_samples == 1:
         return {}
-    texts = judge_templates(templates, tokenizer)
-    for text in texts.values():
+    asked = asked_of(templates, tokenizer)
+    for text in asked["judge_templates"].values():
         judge_prompt_ids(tokenizer, text, "", ".", ".", max_length)
-    id_a, id_b = decision_ids(tokenizer, next(iter(texts.values())), templates.decision)
-    return {"judge_templates": texts, "token_id_a": id_a, "token_id_b": id_b,
-            "max_length": max_length}
+    return {**asked, "max_length": max_length}
 
 
 # The journal, and the outputs made of it

@@ -25,7 +25,7 @@ from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
 from self_judge.data import MAX_LENGTH
 from self_judge.sources import has_split, local_files, settings_of
-from self_judge.templates import DECISION, decision_ids, judge_templates, load_templates
+from self_judge.templates import DECISION, asked_of, judge_templates, load_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -224,18 +224,19 @@ def lora(config: Config) -> LoraConfig | None:
 def judge_options(config: Config, tokenizer) -> dict:
     """Judge prompts by principle and the decisions' tokens, so that one asks as JSFT trains."""
     templates = load_templates(config.templates)
-    prompts = judge_templates(templates, tokenizer)
     ids = tuple(own_args(config).get(f"token_id_{letter}") for letter in "ab")
     if config.kind == "jsft" or (ids == (None, None) and templates.decision != DECISION):
-        learnt = decision_ids(tokenizer, next(iter(prompts.values())), templates.decision)
+        asked = asked_of(templates, tokenizer)
+        learnt = (asked["token_id_a"], asked["token_id_b"])
         if ids not in ((None, None), learnt):
             raise InputError(f"{config.path}: jsft_args.token_id_a and token_id_b are {ids[0]} and "
                              f"{ids[1]}, but the decisions' tokens, which are learnt, are "
                              f"{learnt[0]} and {learnt[1]}; leave them out")
-        ids = learnt
-    elif None not in ids and runs.is_main():  # an old config's may be another tokenizer's
+        return asked
+    if None not in ids and runs.is_main():  # an old config's may be another tokenizer's
         print(f"decisions: the tokens {tokenizer.convert_ids_to_tokens(ids)}, as the config says")
-    return {"judge_templates": prompts, "token_id_a": ids[0], "token_id_b": ids[1]}
+    return {"judge_templates": judge_templates(templates, tokenizer),
+            "token_id_a": ids[0], "token_id_b": ids[1]}
 
 
 def check_logits(trainer: Trainer, ids: Sequence[int]) -> None:

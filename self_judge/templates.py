@@ -184,6 +184,13 @@ def decision_ids(tokenizer, text: str, decision: str = DECISION) -> tuple[int, i
     return found[0], found[1]
 
 
+def asked_of(templates: Templates, tokenizer) -> dict:
+    """What `judge_pairs` is told of templates: `judge_templates`, `token_id_a`, `token_id_b`."""
+    texts = judge_templates(templates, tokenizer)
+    id_a, id_b = decision_ids(tokenizer, next(iter(texts.values())), templates.decision)
+    return {"judge_templates": texts, "token_id_a": id_a, "token_id_b": id_b}
+
+
 def _shortened(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
     """Both cut at their ends to at most one common length, so that swapping them changes nothing.
 
