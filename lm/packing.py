@@ -103,8 +103,7 @@ def keeps_rows_apart(model: nn.Module) -> bool:
 def row_bounds(model: nn.Module, lengths: Tensor) -> dict[str, Tensor]:
     """What the model needs to be told beside the ids of rows that stand end to end, [1, sum].
 
-    >>> row_bounds(model_with_flash_attention, torch.tensor([2, 3]))
-    {'position_ids': tensor([[0, 1, 0, 1, 2]])}
+    For rows of 2 and 3 tokens the `position_ids` are [[0, 1, 0, 1, 2]].
     """
     positions = torch.cat([torch.arange(length, device=lengths.device)
                            for length in lengths.tolist()])[None]
