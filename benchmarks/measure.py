@@ -196,8 +196,10 @@ def watch_shapes(model: "Module") -> list[Shape]:
     def note(module, args, inputs):
         rows, length = inputs["input_ids"].shape
         mask = inputs.get("attention_mask")
-        if "position_ids" in inputs and (mask is None or mask.ndim == 4):  # rows end to end
-            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+        positions = inputs.get("position_ids")
+        end_to_end = positions is not None and (mask is None or mask.ndim == 4)
+        if end_to_end and positions[0, 0] == 0:  # no continuation of a cache
+            starts = (positions[0] == 0).nonzero().flatten().tolist()
             shapes.extend(Shape(1, end - start, end - start)
                           for start, end in zip(starts, [*starts[1:], length], strict=True))
             return
