@@ -6,8 +6,9 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import DPOTrainer
 
-from cut.data import Rows
+from cut.data import Rows, check_context
 from lm.fused_head import NOT_MEASURED, score_responses_only
+from lm.models import context_of
 from lm.trainers import FiniteGradients, FullPrecision, WholeCheckpoints
 
 
@@ -20,6 +21,7 @@ class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
 
     def __init__(self, model, args, train_dataset: Sequence[Rows],
                  eval_dataset: Sequence[Rows] | None = None, **kwargs):
+        check_context([*train_dataset, *(eval_dataset or ())], context_of(model))
         super().__init__(model=model, args=args, train_dataset=as_ids(train_dataset),
                          eval_dataset=eval_dataset and as_ids(eval_dataset), **kwargs)
         if is_peft_model(self.model):

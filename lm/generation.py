@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm.cache import GrowingCache, can_share, copy_rows
 from lm.models import context_of, evaluating, without_adapter
 from lm.records import InputError
+from lm.skinny import skinny_products
 from lm.templates import prompt_ids
 
 if TYPE_CHECKING:
@@ -202,16 +204,37 @@ def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     lengths = {index: len(row) for index, row in rows.items()}
     batches = [list(rows)] if synced_gpus else token_budget_batches(lengths, max_new_tokens,
                                                                     token_budget)
+    # Where all processes must run as many passes, none may run one more
+    known_cache = not synced_gpus and can_share(plain)
     for batch in batches:
-        ids, mask = left_pad([rows[index] for index in batch], tokenizer.eos_token_id)
+        prompts = [tuple(rows[index]) for index in batch]
+        ids, mask = (part.to(plain.device) for part in left_pad(prompts, tokenizer.eos_token_id))
         width = ids.shape[1]
         processors = [Sampler(batch, width, max_new_tokens, temperature, top_p, seed)]
-        with _own_settings(plain, stops, tokenizer.eos_token_id, max_new_tokens):
+        with _own_settings(plain, stops, tokenizer.eos_token_id), skinny_products(plain):
+            cache = {"past_key_values": _read(plain, prompts, ids, mask)} if known_cache else {}
             output = runner.generate(
-                input_ids=ids.to(plain.device), attention_mask=mask.to(plain.device),
+                input_ids=ids, attention_mask=mask, **cache, max_new_tokens=max_new_tokens,
                 logits_processor=processors if temperature else None, synced_gpus=synced_gpus)
         for index, new_ids in zip(batch, output[:, width:].tolist(), strict=True):
             yield index, response_of(tokenizer, new_ids, stops)
+
+
+def _read(model: "PreTrainedModel", prompts: Sequence[tuple[int, ...]], ids: Tensor,
+          mask: Tensor) -> GrowingCache:
+    """A cache to go on from: empty, or of prompts that come several times, each read once.
+
+    Then it holds all tokens but the last, which `generate` wants to begin with.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    which = [first.setdefault(prompt, len(first)) for prompt in prompts]
+    cache = GrowingCache()
+    if len(first) == len(prompts) or ids.shape[1] == 1:
+        return cache
+    rows = [which.index(prompt) for prompt in range(len(first))]
+    model.generate(input_ids=ids[rows, :-1], attention_mask=mask[rows, :-1], past_key_values=cache,
+                   max_new_tokens=1)
+    return copy_rows(cache, torch.tensor(which))
 
 
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -222,8 +245,7 @@ def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 @contextlib.contextmanager
-def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int,
-                  max_new_tokens: int) -> Iterator[None]:
+def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int) -> Iterator[None]:
     """Evaluation mode, and none of the sampling defaults that chat models bring with them.
 
     A config passed to `generate` would be filled up from the model's, so it is replaced meanwhile.
@@ -232,7 +254,7 @@ def _own_settings(model: "PreTrainedModel", stops: list[int], pad_id: int,
 
     saved = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad_id)
+        do_sample=False, eos_token_id=stops, pad_token_id=pad_id)
     try:
         with evaluating(model):
             yield

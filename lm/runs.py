@@ -65,7 +65,7 @@ def world_size(**options) -> int:
                          "use torchrun --nproc_per_node=N")
     if state.is_main_process:
         print(f"processes: {launched} ({state.distributed_type.value}) on {state.device.type}")
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         if not torch.cuda.is_available() and not hidden and shutil.which("nvidia-smi"):
             print(f"warning: this machine has nvidia-smi, but torch {torch.__version__} finds no "
                   "GPU (`nvidia-smi` and torch.version.cuda tell which CUDA each knows); this run "

@@ -258,8 +258,11 @@ def named(judge_templates: Templates) -> dict[str, str]:
     """Checked prompt texts by principle."""
     if isinstance(judge_templates, str):
         judge_templates = {"default": judge_templates}
-    elif not isinstance(judge_templates, Mapping):
+    elif isinstance(judge_templates, Sequence):
         judge_templates = {str(number): text for number, text in enumerate(judge_templates)}
+    elif not isinstance(judge_templates, Mapping):
+        raise InputError(f"judge_templates is of type {type(judge_templates).__name__}; expected "
+                         "what self_judge.templates.judge_templates returns, a text, or a list")
     if not judge_templates:
         raise InputError("judge_templates is empty; give at least one template")
     for name, text in judge_templates.items():

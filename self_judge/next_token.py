@@ -11,18 +11,17 @@ its key-value cache is continued by each end. That takes a model whose every lay
 attention cache; others run whole prompts.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from lm.cache import can_share, copy_rows
 from lm.generation import left_pad, token_budget_batches
 from lm.log_probs import is_linear, logits_of
-from lm.models import evaluating, output_head, unwrapped, without_adapter
+from lm.models import evaluating, output_head, unwrapped
 from lm.records import InputError
 from lm.templates import common_start
 
@@ -211,23 +210,6 @@ def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     return (torch.tensor([list(row) + [PADDING] * (longest - len(row)) for row in rows]),
             torch.tensor([len(row) for row in rows]))
-
-
-def copy_rows(cache: DynamicCache, which: Tensor) -> DynamicCache:
-    """A new cache of some rows, which may come several times."""
-    copy = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        index = which.to(layer.keys.device)
-        copy.update(layer.keys[index], layer.values[index], number)
-    return copy
-
-
-def can_share(model: nn.Module) -> bool:
-    """Whether all the model remembers of a prompt is one key and one value a token and layer."""
-    plain = without_adapter(model)
-    known = inspect.signature(plain.forward).parameters
-    return {"past_key_values", "position_ids", "attention_mask"} <= set(known) and all(
-        type(layer) is DynamicLayer for layer in DynamicCache(config=plain.config).layers)
 
 
 def missing_forwards(model: nn.Module, forwards: int) -> int:

@@ -121,6 +121,9 @@ def judge_text(templates: Templates, tokenizer, principle: str) -> str:
 
 def check_judge_template(text: str, name: str = "judge template") -> None:
     """Stop unless {context}, {response_a} and {response_b} are in the text once each."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is of type {type(text).__name__}; expected a text with "
+                         f"{', '.join(f'{{{field}}}' for field in FIELDS)}")
     found = FIELD.findall(text)
     for field in FIELDS:
         if found.count(field) == 1:

@@ -469,9 +469,10 @@ def test_a_gpu_that_torch_does_not_find_is_told(monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runs.world_size()
     assert "warning: this machine has nvidia-smi, but torch" in capsys.readouterr().err
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # somebody has hidden it
-    runs.world_size()
-    assert capsys.readouterr().err == ""
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        runs.world_size()
+        assert capsys.readouterr().err == ""
 
 
 def test_quantized_layers_are_not_compiled(train):

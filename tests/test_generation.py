@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_judge import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
+from lm.cache import can_share
 from lm.generation import Sampler, generate, left_pad, token_budget_batches
 from lm.models import add_lora, load_model, load_tokenizer
 from lm.records import InputError
@@ -62,6 +64,36 @@ def test_samples_do_not_depend_on_the_batch(folder):
     assert whole != by_index(generate(model, tokenizer, PROMPTS, seed=1, **settings))
     same = by_index(generate(model, tokenizer, [PROMPTS[0]] * 4, **settings))
     assert len(set(same.values())) == 4  # each copy of a prompt has a sample of its own
+
+
+def test_a_prompt_that_comes_several_times_is_read_once(folder):
+    """All but its last token, which each of its samples starts with."""
+    model, tokenizer = load(folder)
+    long, short = PROMPTS[3], PROMPTS[0]
+    prompts = [short, long, short, long, long]
+    read = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: read.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True)
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9}
+    together = by_index(generate(model, tokenizer, prompts, **settings))
+    assert read[:3] == [(2, len(prompt_ids(tokenizer, long)) - 1), (5, 1), (5, 1)]
+    assert len(read) <= 1 + settings["max_new_tokens"]
+    assert together == by_index(generate(model, tokenizer, prompts, token_budget=1, **settings))
+    one_token = [tokenizer.eos_token_id]
+    twice = by_index(generate(model, tokenizer, [one_token] * 2, max_new_tokens=3))
+    assert twice[0] == twice[1]
+
+
+@pytest.mark.parametrize("name", ["mistral", "mamba"])
+def test_models_that_remember_otherwise_read_every_prompt(name):
+    """A sliding window forgets, a recurrence sums up."""
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    assert not can_share(model)
+    prompts = [PROMPTS[3]] * 2
+    together = by_index(generate(model, tokenizer, prompts, max_new_tokens=12))
+    assert together == by_index(generate(model, tokenizer, prompts, max_new_tokens=12,
+                                         token_budget=1))
 
 
 def test_sampler_draws_from_the_nucleus_of_the_tempered_distribution():

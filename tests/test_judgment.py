@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_judge import PRINCIPLES, TEMPLATE, tiny_model, tiny_tokenizer
 from training_runs import in_two_processes
 
+from lm.cache import can_share
 from lm.records import InputError
 from self_judge import next_token
 from self_judge.judgment import (
@@ -211,9 +212,9 @@ def test_row_that_begins_another_keeps_an_end_of_its_own():
     ("llama", True), ("gpt2", True), ("gemma2", False), ("mistral", False), ("mamba", False)])
 def test_only_ordinary_caches_are_shared(name, shares):
     model = tiny_model(name)
-    assert next_token.can_share(model) is shares
+    assert can_share(model) is shares
     if name in ("llama", "mistral"):
-        assert next_token.can_share(get_peft_model(model, LoraConfig(
+        assert can_share(get_peft_model(model, LoraConfig(
             r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))) is shares
 
 
@@ -371,6 +372,8 @@ def test_a_judge_whose_weights_are_not_numbers_gives_no_verdict(tokenizer):
     ({"contexts": ["c"]}, "1 contexts, 2 responses_a and 2 responses_b"),
     ({"ties": "A"}, "ties is 'A'; expected keep or drop"), ({"cut": "A"}, "cut is 'A'; expected"),
     ({"judge_templates": {}}, "judge_templates is empty"),
+    ({"judge_templates": 5}, "judge_templates is of type int; expected what"),
+    ({"judge_templates": [TEMPLATE, None]}, r"'1' is of type NoneType; expected a text with \{con"),
     ({"contexts": "cd"}, "contexts is a text; expected a list of texts"),
     ({"responses_b": ["y", None]}, "responses_b: row 1 is None; expected a text"),
     ({"judge_batch_size": 0}, "judge_batch_size is 0; expected 1 or more"),

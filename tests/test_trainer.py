@@ -21,6 +21,7 @@ from transformers import (
 
 from cut import trainer as trainer_module
 from cut.data import Row, Rows, collate
+from cut.dpo import PairTrainer
 from cut.trainer import (
     PADDING,
     CutSettings,
@@ -322,6 +323,19 @@ def test_what_would_be_ignored_is_refused(change, message, tiny_llama, tmp_path)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **named.pop("args"))
     with pytest.raises(InputError, match=message):
         CutTrainer(with_lora(tiny_llama), args, **named)
+
+
+def test_rows_beyond_the_models_context_are_refused(tiny_gpt2, tmp_path):
+    long, model = Row([5] * 1025, 2), with_lora(tiny_gpt2, ["c_attn"])
+    example = Rows("train.json: record 7", Row([5] * 1024, 2), None, 2)
+    make_trainer(model, [example], tmp_path)
+    for rows in (replace(example, aligned=long), replace(example, misaligned=long)):
+        with pytest.raises(InputError, match=r"record 7: its row has 1025 tokens.* 1024 or less"):
+            make_trainer(model, [example, rows], tmp_path)
+        with pytest.raises(InputError, match="record 7"):
+            make_trainer(model, [example], tmp_path, evaluate=[rows])
+        with pytest.raises(InputError, match="record 7"):
+            PairTrainer(model, None, [rows])
 
 
 def test_evaluates_alone_and_outside_a_step(tiny_llama, tmp_path):

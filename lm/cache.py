@@ -1,0 +1,65 @@
+"""Key-value caches: of beginnings that several rows share, and with room to grow."""
+
+import inspect
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lm.models import without_adapter
+
+ROOM = 64  # tokens that a growing layer has memory for, beyond those that it is given
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether all the model remembers of a prompt is one key and one value a token and layer."""
+    plain = without_adapter(model)
+    known = inspect.signature(plain.forward).parameters
+    return {"past_key_values", "position_ids", "attention_mask"} <= set(known) and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=plain.config).layers)
+
+
+def copy_rows(cache: DynamicCache, which: Tensor) -> DynamicCache:
+    """A new cache of some rows, which may come several times."""
+    copy = type(cache)()
+    for number, layer in enumerate(cache.layers):
+        index = which.to(layer.keys.device)
+        copy.update(layer.keys[index], layer.values[index], number)
+    return copy
+
+
+class GrowingLayer(DynamicLayer):
+    """New keys and values are written behind the old ones, which transformers' layer would copy.
+
+    That copy was a fifth of the time of sampling after prompts of 300 tokens, on two cores.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor,
+               *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of all tokens so far, given those of the new ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.memory = [key_states[:, :, :0], value_states[:, :, :0]]
+        old = self.get_seq_length()
+        total = old + key_states.shape[2]
+        if total > self.memory[0].shape[2]:
+            self.memory = [with_room(memory[:, :, :old], total + ROOM) for memory in self.memory]
+        for memory, new in zip(self.memory, (key_states, value_states), strict=True):
+            memory[:, :, old:total] = new
+        self.keys, self.values = (memory[:, :, :total] for memory in self.memory)
+        return self.keys, self.values
+
+
+class GrowingCache(DynamicCache):
+    """A cache of `GrowingLayer`s, for generation without beams."""
+
+    def __init__(self):
+        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
+
+
+def with_room(states: Tensor, length: int) -> Tensor:
+    """The states [B, H, T, D] at the start of [B, H, length, D]."""
+    batch, heads, held, size = states.shape
+    memory = states.new_empty(batch, heads, length, size)
+    memory[:, :, :held] = states
+    return memory
