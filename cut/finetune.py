@@ -21,7 +21,7 @@ from cut.trainer import CutSettings, CutTrainer
 from lm import models, runs
 from lm.log_probs import check_head
 from lm.quantized import keep_gradients
-from lm.records import InputError, first_line, read_records
+from lm.records import InputError, first_line, listed, read_records
 from lm.templates import load_template
 from lm.trainers import LastStepLogged
 
@@ -222,7 +222,7 @@ def training_arguments(settings: SimpleNamespace) -> TrainingArguments:
         eval_steps=0.1 if validate else None,  # of the steps
         prediction_loss_only=True,
         seed=settings.seed,
-        report_to=settings.report_to.split(","),
+        report_to=listed(settings.report_to),
         run_name=settings.wandb_run_name or None,
         remove_unused_columns=False,
         dataloader_pin_memory=False,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from cut.data import Example, Row, Rows, rows_of
-from lm.records import InputError
+from lm.records import InputError, listed
 from lm.templates import Template
 
 # The rows of Table 4: what each leaves out.
@@ -140,7 +140,7 @@ def left_out(name: str, without: str | Sequence[str], gamma: float) -> list[str]
         nearest = difflib.get_close_matches(str(name), OBJECTIVES, n=1, cutoff=0.0)
         raise InputError(f"--objective {name}: unknown; did you mean {nearest[0]}? (one of "
                          f"{', '.join(OBJECTIVES)})")
-    asked = [part for part in (without.split(",") if isinstance(without, str) else without) if part]
+    asked = listed(without)
     if unknown := [part for part in asked if part not in PARTS]:
         raise InputError(f"--without {unknown[0]}: unknown; expected some of {', '.join(PARTS)}")
     if asked and name != "cut":

@@ -9,6 +9,10 @@ are those of one prompt at a time, and a sample follows from the seed and the pr
 (So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another batch
 shape can round a near tie of greedy answers the other way too.)
 
+A prompt that comes several times is read once, the cache grows in place (lm/cache.py), and a CPU
+multiplies a few rows in its faster order (lm/skinny.py): on two cores 16 responses of 64 tokens to
+8 prompts of 150 to 300 took 0.63 of the time that they take without, and the ids are the same.
+
 transformers' continuous batching (`generate_batch`) took 1.2 to 1.7 times as long per token on a
 CPU, and was not measured on a GPU; for those there is vLLM (lm/vllm_engine.py, or a server).
 """

@@ -106,6 +106,16 @@ def join_input(record: Record) -> str:
     return record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
 
 
+def listed(value: str | Iterable) -> list[str]:
+    """What a flag lists, separated by commas; Fire makes a tuple of some such texts.
+
+    >>> listed("a, b,"), listed(("a", 1))
+    (['a', 'b'], ['a', '1'])
+    """
+    words = value.split(",") if isinstance(value, str) else map(str, value)
+    return [word.strip() for word in words if word.strip()]
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON so that a reader never sees half a file."""
     path = Path(path)
@@ -120,11 +130,16 @@ def write_lines(path: str | Path, records: Iterable[Mapping]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file so that a reader never sees half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader never sees half of it."""
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

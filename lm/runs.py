@@ -15,12 +15,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.records import InputError, first_line, sha256, write_json
+from lm.records import InputError, first_line, listed, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,12 +221,12 @@ def is_whole(checkpoint: Path) -> bool:
     return "global_step" in state
 
 
-def check_trackers(report_to: str) -> None:
+def check_trackers(report_to: str | Sequence[str]) -> None:
     """Stop at a tracker that transformers does not know, or that is not installed."""
     from transformers.integrations import integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    trackers = report_to.split(",")
+    trackers = listed(report_to)
     if len(trackers) > 1 and {"none", "all"} & {*trackers}:
         raise InputError(f"report_to {report_to!r}: none and all stand alone")
     for tracker in trackers:

@@ -18,7 +18,15 @@ from types import NoneType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.records import InputError, Record, check_fields, join_input, read_records, write_json
+from lm.records import (
+    InputError,
+    Record,
+    check_fields,
+    join_input,
+    listed,
+    read_records,
+    write_json,
+)
 from lm.rules import check_constraints, satisfied
 from lm.shares import Share, wilson
 from lm.tables import table
@@ -33,9 +41,8 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
         output: JSON file for the numbers and every verdict; none if empty.
         show: Prompts whose answers are shown; those where the verdicts differ come first.
     """
-    paths = outputs.split(",") if isinstance(outputs, str) else [str(path) for path in outputs]
     records = read_prompts(prompts)
-    answers = named_answers([path.strip() for path in paths], records)
+    answers = named_answers(listed(outputs), records)
     verdicts = {name: [satisfied(record["constraints"], text)
                        for record, text in zip(records, texts, strict=True)]
                 for name, texts in answers.items()}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.models import find_adapter, resolve_model
-from lm.records import InputError, changes, write_json
+from lm.records import InputError, changes, listed, write_json
 from lm.results import read_result
 from lm.stages import fingerprint, locked
 from lm.tables import paper_rows, table
@@ -93,11 +93,10 @@ def main(base_model_name_or_path: str = "", peft_model_path: str = "", name: str
 
 
 def read_tasks(tasks: str | tuple | list) -> list[Task]:
-    """Fire makes a tuple of some texts with commas."""
-    words = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
+    """--tasks, task by task."""
     parsed = []
-    for word in words:
-        parts = word.strip().split(":")
+    for word in listed(tasks):
+        parts = word.split(":")
         if len(parts) != 3 or not parts[1].isdecimal() or not all(parts):
             raise InputError(f"--tasks: {word!r} is not task:shots:metric, for example "
                              f"{PAPER_TASKS.split(',')[0]}")

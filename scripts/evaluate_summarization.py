@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.processes import is_first
-from lm.records import InputError, Record, check_fields, read_records, write_json
+from lm.records import InputError, Record, check_fields, listed, read_records, write_json
 from lm.tables import paper_rows, table
 from scripts.generate import load_prompts
 from scripts.generate import main as generate
@@ -55,7 +55,7 @@ def main(data_path: str, outputs: str | tuple | list = (), base_model_name_or_pa
     records = read_records(data_path)[:limit or None]
     prompts = [prompt["instruction"] for prompt in load_prompts(data_path, limit)]
     references = reference_texts(records, data_path)
-    paths = outputs.split(",") if isinstance(outputs, str) else list(map(str, outputs))
+    paths = listed(outputs)
     if base_model_name_or_path:
         if not output:
             raise InputError("--output is missing; name the JSON file for the numbers, beside "
@@ -69,7 +69,7 @@ def main(data_path: str, outputs: str | tuple | list = (), base_model_name_or_pa
         return
     if not paths:
         raise InputError("nothing to score; give --base_model_name_or_path or --outputs")
-    answers = {path.strip(): read_summaries(path.strip(), prompts) for path in paths}
+    answers = {path: read_summaries(path, prompts) for path in paths}
     results = {path: score(texts, references, stemmer) for path, texts in answers.items()}
     left_out = references.count(None)
     scored = len(records) - left_out

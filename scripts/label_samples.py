@@ -33,6 +33,7 @@ from lm.records import (
     InputError,
     Record,
     join_input,
+    listed,
     read_records,
     write_lines,
     wrong_field,
@@ -180,7 +181,7 @@ def levels_of(thresholds: str) -> tuple[list[float], bool]:
     >>> levels_of("0.5,0.6"), levels_of("50%,75%")
     (([0.5, 0.6], False), ([50.0, 75.0], True))
     """
-    words = thresholds.split(",")
+    words = listed(thresholds)
     in_percent = all(word.endswith("%") for word in words)
     try:
         levels = [float(word.removesuffix("%") if in_percent else word) for word in words]

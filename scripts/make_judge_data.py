@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
-from lm.records import InputError, Record, read_records, write_json
+from lm.records import InputError, Record, listed, read_records, write_json
 from lm.verdicts import JudgePrompt, load_judge_prompt
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
         raise InputError(f"--template {template}: has no target to learn; use ai_judge or one of "
                          "its kind")
     examples = []
-    for path in data_path.split(","):
+    for path in listed(data_path):
         found, counts = examples_of(read_records(path), path)
         print(f"{path}: {counts.negatives} judgments, {counts.positives} responses without fault; "
               f"{counts.dropped} failed judgments left out")

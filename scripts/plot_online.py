@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.figures import panels
 from lm.records import InputError, Record
 from lm.tables import table
 
@@ -70,27 +71,21 @@ def positive(counts: Record) -> float:
 
 def draw(rounds: list[Record], picture: str) -> None:
     """Two panels over the rounds: the score with its interval, and the positive judgments."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     scored = [entry for entry in rounds if entry["score"] is not None]
-    if scored:
-        number, middle, low, high = zip(*((entry["round"], entry["score"], entry["low"],
-                                           entry["high"]) for entry in scored), strict=True)
-        errors = [[m - edge for m, edge in zip(middle, low, strict=True)],
-                  [edge - m for m, edge in zip(middle, high, strict=True)]]
-        axes[0].errorbar(number, middle, errors, marker="o", capsize=3)
-    axes[0].set(title=f"After each round: {rounds[0]['measure']}")
     shares = [positive(entry["stages"]["annotate"]["counts"]) for entry in rounds[1:]]
-    axes[1].plot(range(1, len(rounds)), shares, marker="o", color="tab:green")
-    axes[1].set(title="Positive judgments of a round's responses, %", ylim=(0, 100))
-    for axis in axes:
-        axis.set(xlabel="round", xticks=range(len(rounds)), xlim=(-0.2, len(rounds) - 0.8))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with panels(picture, 1, 2, (9, 3.4)) as axes:
+        scores, judgments = axes
+        if scored:
+            number, middle, low, high = zip(*((entry["round"], entry["score"], entry["low"],
+                                               entry["high"]) for entry in scored), strict=True)
+            errors = [[m - edge for m, edge in zip(middle, low, strict=True)],
+                      [edge - m for m, edge in zip(middle, high, strict=True)]]
+            scores.errorbar(number, middle, errors, marker="o", capsize=3)
+        scores.set(title=f"After each round: {rounds[0]['measure']}")
+        judgments.plot(range(1, len(rounds)), shares, marker="o", color="tab:green")
+        judgments.set(title="Positive judgments of a round's responses, %", ylim=(0, 100))
+        for axis in axes:
+            axis.set(xlabel="round", xticks=range(len(rounds)), xlim=(-0.2, len(rounds) - 0.8))
 
 
 if __name__ == "__main__":

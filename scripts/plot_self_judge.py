@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.figures import panels
 from lm.records import InputError
 from lm.shares import Share
 from lm.tables import table
@@ -50,26 +51,20 @@ def read(path: Path) -> dict:
 
 def draw(judges: dict[str, Share], shares: dict[str, Share], picture: str) -> None:
     """Three panels with 95 % intervals: the judge, the policy, the tournament by its size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    bars(axes[0], judges, "tab:blue")
-    axes[0].axhline(50, color="tab:gray", linestyle=":")
-    axes[0].set(title="Judge: accuracy, %")
-    bars(axes[1], {label: shares[name] for name, label in POLICIES.items()}, "tab:green")
-    axes[1].set(title="Policy: constraints satisfied, %")
     found = [shares[name] for name in SIZES]
-    axes[2].errorbar(range(len(found)), [100 * share.share for share in found], spans(found),
-                     marker="o", capsize=3)
-    axes[2].set(title="Tournament: constraints satisfied, %", xlabel="samples",
-                xticks=range(len(found)), xticklabels=SIZES.values())
-    for axis in axes:
-        axis.set_ylim(0, 104)  # a full marker at 100
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with panels(picture, 1, 3, (11, 3.4)) as axes:
+        judge, policy, tournament = axes
+        bars(judge, judges, "tab:blue")
+        judge.axhline(50, color="tab:gray", linestyle=":")
+        judge.set(title="Judge: accuracy, %")
+        bars(policy, {label: shares[name] for name, label in POLICIES.items()}, "tab:green")
+        policy.set(title="Policy: constraints satisfied, %")
+        tournament.errorbar(range(len(found)), [100 * share.share for share in found],
+                            spans(found), marker="o", capsize=3)
+        tournament.set(title="Tournament: constraints satisfied, %", xlabel="samples",
+                       xticks=range(len(found)), xticklabels=SIZES.values())
+        for axis in axes:
+            axis.set_ylim(0, 104)  # a full marker at 100
 
 
 def bars(axis, shares: dict[str, Share], colour: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.figures import draw_training
 from lm.records import InputError
-from scripts.report import draw, panels_of
 
 
 def main(run_dir: str, output: str = "") -> None:
@@ -25,7 +25,9 @@ def main(run_dir: str, output: str = "") -> None:
     if not path.is_file():
         raise InputError(f"{path}: not there; give the --output_dir of a finished run")
     picture = output or str(Path(run_dir) / "loss.png")
-    draw(panels_of(json.loads(path.read_text(encoding="utf-8"))["log_history"]), picture)
+    if not draw_training(json.loads(path.read_text(encoding="utf-8"))["log_history"], picture):
+        raise InputError(f"{path}: its log has nothing to draw; give the --output_dir of a run of "
+                         "at least one step")
     print(f"training curves: {picture}")
 
 

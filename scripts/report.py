@@ -22,21 +22,12 @@ from urllib.parse import quote, unquote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
+from lm.figures import draw_training
 from lm.records import InputError, write_text
 from lm.results import read_result
 from scripts.report_papers import paper_tables
 from scripts.report_results import escaped, found_tables
 
-# Panels of a training's curves: title, what of the log is drawn, and times what.
-PANELS = (
-    ("Loss", ("loss", "mle", "unlikelihood", "sft_loss", "judgment_loss", "eval_loss"), 1),
-    ("Tokens flagged by the judgments, %", ("inappropriate_share",), 100),
-    ("Judge on held-out pairs, %", ("eval_judge_accuracy", "eval_judge_consistency"), 100),
-    ("Judge in training, %", ("judge/consistency", "judge/tie_rate", "judge/pairs"), 100),
-    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins"), 1),
-    ("Response length, tokens", ("response_length/chosen", "response_length/rejected"), 1),
-    ("Learning rate", ("learning_rate",), 1))
-Panel = tuple[str, dict[str, list[tuple]]]  # a title, and the points of each line by its name
 STYLE = """\
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
@@ -86,43 +77,11 @@ def draw_curves(root: Path, files: Sequence[Path], output: Path) -> dict[str, Pa
     for path in files:
         if path.name != "trainer_state.json":
             continue
-        if panels := panels_of(read_result(path).get("log_history", [])):
-            parts = path.parent.relative_to(root).parts or (root.resolve().name,)
-            pictures[escaped("/".join(parts))] = output / f"{'-'.join(parts)}.png"
-            draw(panels, output / f"{'-'.join(parts)}.png")
+        parts = path.parent.relative_to(root).parts or (root.resolve().name,)
+        picture = output / f"{'-'.join(parts)}.png"
+        if draw_training(read_result(path).get("log_history", []), picture):
+            pictures[escaped("/".join(parts))] = picture
     return pictures
-
-
-def panels_of(log: list[dict]) -> list[Panel]:
-    """What there is of `PANELS` in a training's log."""
-    panels = [(title, {name: [(entry["step"], scale * entry[name]) for entry in log
-                              if entry.get(name) is not None] for name in names})
-              for title, names, scale in PANELS]
-    return [(title, kept) for title, lines in panels
-            if (kept := {name: points for name, points in lines.items() if points})]
-
-
-def draw(panels: list[Panel], picture: str | Path) -> None:
-    """The panels side by side, three a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = -(-len(panels) // 3)
-    drawn, axes = pyplot.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False,
-                                  layout="constrained")
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
-        for name, points in lines.items():
-            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 9 else "")
-        axis.set(title=title, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
-            axis.legend(frameon=False)
-    drawn.savefig(picture, dpi=100, metadata={"Software": None})
-    pyplot.close(drawn)
 
 
 def as_html(page: str, output: Path) -> str:

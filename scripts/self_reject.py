@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lm.cli import run
 from lm.models import resolve_model
-from lm.records import InputError, Record, write_json
+from lm.records import InputError, Record, listed, write_json
 from lm.tables import table
 from scripts.generate import ALPACA_EVAL, answers, load_prompts
 from self_judge.judged_samples import (
@@ -115,7 +115,7 @@ def main(model: str, output_path: str, templates: str = TEMPLATES, data_path: st
 
 def sizes_of(nested: str, num_samples: int) -> list[int]:
     """The tournaments' sizes that --nested lists."""
-    sizes = [int(size) if size.strip().isdecimal() else 0 for size in nested.split(",") if nested]
+    sizes = [int(size) if size.isdecimal() else 0 for size in listed(nested)]
     if not all(1 <= size <= num_samples for size in sizes):
         raise InputError(f"--nested is {nested!r}; expected numbers from 1 to num_samples "
                          f"({num_samples}), separated by commas")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lm.figures import panels
 from lm.records import InputError, Record, write_text
 from lm.results import read_result
 from lm.tables import PAPER_TABLES
@@ -248,11 +249,6 @@ def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) ->
 
     Of a single seed they are those by prompt.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     points = {}
     for row in listed["rows"]:
         if ours := measured[row["name"]]:
@@ -262,14 +258,15 @@ def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) ->
             points[row["name"]] = (row.get("x"), middle, max(0, middle - low),
                                    max(0, high - middle))
     curve = {name: point for name, point in points.items() if point[0] is not None}
-    if not curve:
-        figure, axis = pyplot.subplots(figsize=(7, 0.6 + 0.35 * len(points)), layout="constrained")
-        names = list(points)[::-1]
-        _, middles, lows, highs = zip(*(points[name] for name in names), strict=True)
-        axis.barh(names, middles, xerr=[lows, highs], capsize=3, color="tab:blue", alpha=0.7)
-        axis.set(xlabel="%")
-    else:
-        figure, axis = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    size = (5.5, 3.2) if curve else (7, 0.6 + 0.35 * len(points))
+    with panels(picture, 1, 1, size, dpi=80) as [axis]:
+        axis.set_title(re.sub(r"^(.{60}).+", r"\1 ...", listed["title"]), fontsize=10)
+        if not curve:
+            names = list(points)[::-1]
+            _, middles, lows, highs = zip(*(points[name] for name in names), strict=True)
+            axis.barh(names, middles, xerr=[lows, highs], capsize=3, color="tab:blue", alpha=0.7)
+            axis.set(xlabel="%")
+            return
         x, middles, lows, highs = zip(*curve.values(), strict=True)
         axis.errorbar(x, middles, [lows, highs], marker="o", capsize=3)
         for name, point in points.items():
@@ -277,7 +274,3 @@ def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) ->
                 axis.axhline(point[1], linestyle="--", color="gray", label=name)
                 axis.legend(frameon=False)
         axis.set(xlabel=listed["curve"], ylabel="%", xticks=x)
-    axis.set_title(re.sub(r"^(.{60}).+", r"\1 ...", listed["title"]), fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)

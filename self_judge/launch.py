@@ -92,7 +92,7 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
             raise InputError(f"{config.path}: training_args.{name} is {options[name]}; expected 1 "
                              "or more")
     report_to = options["report_to"] or "none"
-    runs.check_trackers(report_to if isinstance(report_to, str) else ",".join(report_to))
+    runs.check_trackers(report_to)
     try:
         arguments = kind(**options, **fixed, logging_nan_inf_filter=False)
     except (ValueError, TypeError, ImportError) as error:

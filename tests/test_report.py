@@ -15,6 +15,7 @@ import pytest
 import yaml
 from fault_server import FaultServer
 
+from lm import figures
 from lm.cli import _reject_unknown_flags
 from lm.records import InputError, write_json
 from lm.shares import wilson
@@ -357,6 +358,13 @@ def test_the_curves_of_one_training_need_not_be_cuts(tmp_path):
     """DPO's log has rewards, and no likelihood part."""
     log = [{"step": 1, "loss": 0.69, "rewards/margins": 0.1}, {"step": 1, "train_runtime": 2.0}]
     write(tmp_path / "trainer_state.json", {"log_history": log})
-    assert [title for title, _ in report.panels_of(log)] == ["Loss", "Rewards"]
+    assert [title for title, names, scale in figures.TRAINING
+            if figures.lines_of(log, names, scale)] == ["Loss", "Rewards"]
     plot_training.main(str(tmp_path))
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "loss.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    plot_training.main(str(tmp_path))
+    assert (tmp_path / "loss.png").read_bytes() == drawn
+    write(tmp_path / "trainer_state.json", {"log_history": log[1:]})
+    with pytest.raises(InputError, match="its log has nothing to draw"):
+        plot_training.main(str(tmp_path))
