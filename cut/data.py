@@ -195,12 +195,12 @@ def rows_of(example: Example, template: Template, tokenizer, cutoff_len: int,
                 cut=lost + len(rows) * (len(response) - len(kept)))
 
 
-def check_context(examples: Sequence[Rows], context: int | None) -> None:
+def check_positions(examples: Sequence[Rows], limit: int | None) -> None:
     """Stop at a row with more tokens than the model has positions for."""
     for example in examples:
-        if context and example.width > context:
-            raise InputError(f"{example.record}: its row has {example.width} tokens, more than the "
-                             f"model's context; set cutoff_len to {context} or less")
+        if limit and example.width > limit:
+            raise InputError(f"{example.record}: its row has {example.width} tokens, and the model "
+                             f"positions for {limit}; set cutoff_len to {limit} or less")
 
 
 def collate(examples: Sequence[Rows], pad_id: int) -> Batch:

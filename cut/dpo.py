@@ -6,9 +6,9 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import DPOTrainer
 
-from cut.data import Rows, check_context
+from cut.data import Rows, check_positions
 from lm.fused_head import NOT_MEASURED, score_responses_only
-from lm.models import context_of
+from lm.models import positions_of
 from lm.trainers import FiniteGradients, FullPrecision, WholeCheckpoints
 
 
@@ -21,7 +21,7 @@ class PairTrainer(WholeCheckpoints, FullPrecision, DPOTrainer):
 
     def __init__(self, model, args, train_dataset: Sequence[Rows],
                  eval_dataset: Sequence[Rows] | None = None, **kwargs):
-        check_context([*train_dataset, *(eval_dataset or ())], context_of(model))
+        check_positions([*train_dataset, *(eval_dataset or ())], positions_of(model))
         super().__init__(model=model, args=args, train_dataset=as_ids(train_dataset),
                          eval_dataset=eval_dataset and as_ids(eval_dataset), **kwargs)
         if is_peft_model(self.model):

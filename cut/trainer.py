@@ -16,10 +16,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from cut.data import Batch, Rows, check_context, collate, within_budget
+from cut.data import Batch, Rows, check_positions, collate, within_budget
 from cut.loss import CutLoss, cut_loss
 from lm.log_probs import supervised_log_probs, supervised_log_probs_unpadded
-from lm.models import context_of
+from lm.models import positions_of
 from lm.packing import enable_packing, tokens_per_forward
 from lm.records import InputError
 from lm.trainers import (
@@ -68,7 +68,7 @@ class CutTrainer(WholeCheckpoints, FullPrecision, InParts, Trainer):
                          eval_dataset, **kwargs)
         for examples in (train_dataset, eval_dataset):
             if isinstance(examples, Sequence):
-                check_context(examples, context_of(self.model))
+                check_positions(examples, positions_of(self.model))
         self.settings = settings
         self.pad_id = pad_id or 0
         strategy = getattr(self.args, "train_sampling_strategy", "random")

@@ -1,5 +1,6 @@
 """Key-value caches: of beginnings that several rows share, and with room to grow."""
 
+import functools
 import inspect
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lm.models import without_adapter
 
-ROOM = 64  # tokens that a growing layer has memory for, beyond those that it is given
+ROOM = 64  # tokens that a growing layer makes room for at a time
 
 
 def can_share(model: nn.Module) -> bool:
@@ -19,20 +20,24 @@ def can_share(model: nn.Module) -> bool:
         type(layer) is DynamicLayer for layer in DynamicCache(config=plain.config).layers)
 
 
-def copy_rows(cache: DynamicCache, which: Tensor) -> DynamicCache:
-    """A new cache of some rows, which may come several times."""
-    copy = type(cache)()
+def copy_rows(cache: DynamicCache, which: Tensor, into: DynamicCache) -> DynamicCache:
+    """Some rows, which may come several times, in the other cache, which is empty."""
     for number, layer in enumerate(cache.layers):
         index = which.to(layer.keys.device)
-        copy.update(layer.keys[index], layer.values[index], number)
-    return copy
+        into.update(layer.keys[index], layer.values[index], number)
+    return into
 
 
 class GrowingLayer(DynamicLayer):
-    """New keys and values are written behind the old ones, which transformers' layer would copy.
+    """Writes new keys and values behind the old ones, which transformers' layer would copy.
 
-    That copy was a fifth of the time of sampling after prompts of 300 tokens, on two cores.
+    That copy was a fifth of the time of sampling after prompts of 300 tokens, on two cores. Rows
+    cannot be selected or put in another order afterwards, as beam search does.
     """
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit  # tokens that it will have at most
 
     def update(self, key_states: Tensor, value_states: Tensor,
                *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -43,7 +48,8 @@ class GrowingLayer(DynamicLayer):
         old = self.get_seq_length()
         total = old + key_states.shape[2]
         if total > self.memory[0].shape[2]:
-            self.memory = [with_room(memory[:, :, :old], total + ROOM) for memory in self.memory]
+            length = max(total, min(total + ROOM, self.limit))
+            self.memory = [with_room(memory[:, :, :old], length) for memory in self.memory]
         for memory, new in zip(self.memory, (key_states, value_states), strict=True):
             memory[:, :, old:total] = new
         self.keys, self.values = (memory[:, :, :total] for memory in self.memory)
@@ -51,10 +57,11 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(DynamicCache):
-    """A cache of `GrowingLayer`s, for generation without beams."""
+    """A cache of `GrowingLayer`s for at most so many tokens."""
 
-    def __init__(self):
-        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
+    def __init__(self, limit: int):
+        # DynamicCache's own would make layers of another kind
+        Cache.__init__(self, layer_class_to_replicate=functools.partial(GrowingLayer, limit))
 
 
 def with_room(states: Tensor, length: int) -> Tensor:

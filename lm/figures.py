@@ -11,8 +11,8 @@ from lm.records import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Panels of a training: title, what of the log is drawn, and times what.
-TRAINING = (
+# Title, what of the log is drawn, and times what.
+TRAINING_PANELS = (
     ("Loss", ("loss", "mle", "unlikelihood", "sft_loss", "judgment_loss", "eval_loss"), 1),
     ("Tokens flagged by the judgments, %", ("inappropriate_share",), 100),
     ("Judge on held-out pairs, %", ("eval_judge_accuracy", "eval_judge_consistency"), 100),
@@ -25,9 +25,9 @@ TRAINING = (
 @contextlib.contextmanager
 def panels(picture: str | Path, rows: int, columns: int, size: tuple[float, float],
            dpi: int = 120) -> Iterator[list["Axes"]]:
-    """Panels to draw in, row by row; the PNG is written when they are done.
+    """Panels to draw in, row by row; the picture, a PNG by default, is written at the end.
 
-    `size` is the figure's, in inches. The same drawing has the same bytes.
+    `size` is the figure's, in inches. The same PNG has the same bytes.
     """
     from matplotlib.figure import Figure
 
@@ -36,13 +36,15 @@ def panels(picture: str | Path, rows: int, columns: int, size: tuple[float, floa
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, metadata={"Software": None})
+    kind = Path(picture).suffix[1:].lower() or "png"
+    figure.savefig(content, dpi=dpi, format=kind,
+                   metadata={"Software": None} if kind == "png" else None)
     write_bytes(picture, content.getvalue())
 
 
 def draw_training(log: Sequence[Mapping], picture: str | Path) -> bool:
     """The curves of a training's log, three panels a row; whether there is any."""
-    found = [(title, lines) for title, names, scale in TRAINING
+    found = [(title, lines) for title, names, scale in TRAINING_PANELS
              if (lines := lines_of(log, names, scale))]
     if not found:
         return False

@@ -9,9 +9,9 @@ are those of one prompt at a time, and a sample follows from the seed and the pr
 (So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another batch
 shape can round a near tie of greedy answers the other way too.)
 
-A prompt that comes several times is read once, the cache grows in place (lm/cache.py), and a CPU
-multiplies a few rows in its faster order (lm/skinny.py): on two cores 16 responses of 64 tokens to
-8 prompts of 150 to 300 took 0.63 of the time that they take without, and the ids are the same.
+Of prompts that come several times each is read once a batch, the cache grows in place
+(lm/cache.py), and a CPU multiplies a few rows in its faster order (lm/skinny.py): on two cores 16
+responses of 64 tokens to 8 prompts of 150 to 300 took 0.63 of the time without, with the same ids.
 
 transformers' continuous batching (`generate_batch`) took 1.2 to 1.7 times as long per token on a
 CPU, and was not measured on a GPU; for those there is vLLM (lm/vllm_engine.py, or a server).
@@ -208,15 +208,16 @@ def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     lengths = {index: len(row) for index, row in rows.items()}
     batches = [list(rows)] if synced_gpus else token_budget_batches(lengths, max_new_tokens,
                                                                     token_budget)
-    # Where all processes must run as many passes, none may run one more
-    known_cache = not synced_gpus and can_share(plain)
+    # Reading prompts is a pass of its own, and sharded weights want as many passes everywhere
+    own_cache = not synced_gpus and can_share(plain)
     for batch in batches:
         prompts = [tuple(rows[index]) for index in batch]
         ids, mask = (part.to(plain.device) for part in left_pad(prompts, tokenizer.eos_token_id))
         width = ids.shape[1]
         processors = [Sampler(batch, width, max_new_tokens, temperature, top_p, seed)]
         with _own_settings(plain, stops, tokenizer.eos_token_id), skinny_products(plain):
-            cache = {"past_key_values": _read(plain, prompts, ids, mask)} if known_cache else {}
+            cache = ({"past_key_values": _read(plain, prompts, ids, mask, width + max_new_tokens)}
+                     if own_cache else {})
             output = runner.generate(
                 input_ids=ids, attention_mask=mask, **cache, max_new_tokens=max_new_tokens,
                 logits_processor=processors if temperature else None, synced_gpus=synced_gpus)
@@ -225,20 +226,20 @@ def _generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
 
 
 def _read(model: "PreTrainedModel", prompts: Sequence[tuple[int, ...]], ids: Tensor,
-          mask: Tensor) -> GrowingCache:
-    """A cache to go on from: empty, or of prompts that come several times, each read once.
+          mask: Tensor, limit: int) -> GrowingCache:
+    """What `generate` goes on from: the prompts but for their last tokens, each read once.
 
-    Then it holds all tokens but the last, which `generate` wants to begin with.
+    Or nothing yet, where that saves less than half of the reading: the copies take memory too.
     """
     first: dict[tuple[int, ...], int] = {}
     which = [first.setdefault(prompt, len(first)) for prompt in prompts]
-    cache = GrowingCache()
-    if len(first) == len(prompts) or ids.shape[1] == 1:
+    cache = GrowingCache(limit)
+    if 2 * len(first) > len(prompts) or min(map(len, first)) == 1:  # no mask may be all zeros
         return cache
     rows = [which.index(prompt) for prompt in range(len(first))]
     model.generate(input_ids=ids[rows, :-1], attention_mask=mask[rows, :-1], past_key_values=cache,
-                   max_new_tokens=1)
-    return copy_rows(cache, torch.tensor(which))
+                   max_new_tokens=1)  # the token itself is of no use
+    return copy_rows(cache, torch.tensor(which), GrowingCache(limit))
 
 
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -248,6 +248,12 @@ def context_of(model: "Module | str") -> int | None:
     return limit or getattr(config, "max_seq_len", None)  # MPT's name for it
 
 
+def positions_of(model: "Module") -> int | None:
+    """The longest input that the model has positions for; rotary ones go on beyond its context."""
+    config = unwrapped(model).config.get_text_config()
+    return None if getattr(config, "rope_parameters", None) else context_of(model)
+
+
 @contextlib.contextmanager
 def evaluating(model: "Module") -> Iterator[None]:
     """Evaluation mode; each module gets its own back."""

@@ -106,14 +106,19 @@ def join_input(record: Record) -> str:
     return record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
 
 
-def listed(value: str | Iterable) -> list[str]:
+def listed(value: str | Iterable, needed: str = "") -> list[str]:
     """What a flag lists, separated by commas; Fire makes a tuple of some such texts.
+
+    `needed` is the flag's name where it must list something.
 
     >>> listed("a, b,"), listed(("a", 1))
     (['a', 'b'], ['a', '1'])
     """
     words = value.split(",") if isinstance(value, str) else map(str, value)
-    return [word.strip() for word in words if word.strip()]
+    words = [word.strip() for word in words if word.strip()]
+    if needed and not words:
+        raise InputError(f"{needed} is empty; name at least one, separated by commas")
+    return words
 
 
 def write_json(path: str | Path, value: object) -> None:

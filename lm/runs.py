@@ -226,7 +226,7 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
     from transformers.integrations import integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    trackers = listed(report_to)
+    trackers = listed(report_to, "report_to")
     if len(trackers) > 1 and {"none", "all"} & {*trackers}:
         raise InputError(f"report_to {report_to!r}: none and all stand alone")
     for tracker in trackers:

@@ -19,25 +19,29 @@ SKINNY = range(8, 49)  # rows
 @contextlib.contextmanager
 def skinny_products(model: nn.Module) -> Iterator[None]:
     """The model's linear layers in fp32 on a CPU multiply a few rows in the faster order."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear
-              and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-              and "forward" not in vars(module) and torch.backends.mkl.is_available()]
-    for layer in layers:
-        layer.forward = functools.partial(skinny_linear, layer)
+    layers = [module for module in model.modules() if has_other_order(module)]
     try:
+        for layer in layers:
+            layer.forward = functools.partial(skinny_linear, layer)
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
+
+
+def has_other_order(module: nn.Module) -> bool:
+    """Whether MKL multiplies the module's weights, and nothing else has a say in it."""
+    return (type(module) is nn.Linear and type(module.weight) is nn.Parameter
+            and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+            and "forward" not in vars(module) and torch.backends.mkl.is_available())
 
 
 def skinny_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`nn.Linear`'s forward, [..., in] -> [..., out]."""
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) not in SKINNY:
+    if x.numel() // x.shape[-1] not in SKINNY:
         return functional.linear(x, layer.weight, layer.bias)
-    # Attention's fast kernel wants heads next to each other, hence contiguous
-    product = (layer.weight @ rows.T).T.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    product = (layer.weight @ rows.T).T.contiguous()  # attention has no fast kernel for other ones
     if layer.bias is not None:
         product += layer.bias
     return product.reshape(*x.shape[:-1], -1)

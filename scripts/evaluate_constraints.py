@@ -42,7 +42,7 @@ def main(prompts: str, outputs: str | tuple | list, output: str = "", show: int 
         show: Prompts whose answers are shown; those where the verdicts differ come first.
     """
     records = read_prompts(prompts)
-    answers = named_answers(listed(outputs), records)
+    answers = named_answers(listed(outputs, "--outputs"), records)
     verdicts = {name: [satisfied(record["constraints"], text)
                        for record, text in zip(records, texts, strict=True)]
                 for name, texts in answers.items()}

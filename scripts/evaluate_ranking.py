@@ -95,7 +95,7 @@ def main(base_model_name_or_path: str = "", peft_model_path: str = "", name: str
 def read_tasks(tasks: str | tuple | list) -> list[Task]:
     """--tasks, task by task."""
     parsed = []
-    for word in listed(tasks):
+    for word in listed(tasks, "--tasks"):
         parts = word.split(":")
         if len(parts) != 3 or not parts[1].isdecimal() or not all(parts):
             raise InputError(f"--tasks: {word!r} is not task:shots:metric, for example "

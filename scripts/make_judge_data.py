@@ -56,7 +56,7 @@ def main(data_path: str, output_dir: str, held_out: int = 100, limit: int = 0,
         raise InputError(f"--template {template}: has no target to learn; use ai_judge or one of "
                          "its kind")
     examples = []
-    for path in listed(data_path):
+    for path in listed(data_path, "--data_path"):
         found, counts = examples_of(read_records(path), path)
         print(f"{path}: {counts.negatives} judgments, {counts.positives} responses without fault; "
               f"{counts.dropped} failed judgments left out")

@@ -266,11 +266,11 @@ def draw(listed: Mapping, measured: Mapping[str, Measurement], picture: Path) ->
             _, middles, lows, highs = zip(*(points[name] for name in names), strict=True)
             axis.barh(names, middles, xerr=[lows, highs], capsize=3, color="tab:blue", alpha=0.7)
             axis.set(xlabel="%")
-            return
-        x, middles, lows, highs = zip(*curve.values(), strict=True)
-        axis.errorbar(x, middles, [lows, highs], marker="o", capsize=3)
-        for name, point in points.items():
-            if name not in curve:
-                axis.axhline(point[1], linestyle="--", color="gray", label=name)
-                axis.legend(frameon=False)
-        axis.set(xlabel=listed["curve"], ylabel="%", xticks=x)
+        else:
+            x, middles, lows, highs = zip(*curve.values(), strict=True)
+            axis.errorbar(x, middles, [lows, highs], marker="o", capsize=3)
+            for name, point in points.items():
+                if name not in curve:
+                    axis.axhline(point[1], linestyle="--", color="gray", label=name)
+                    axis.legend(frameon=False)
+            axis.set(xlabel=listed["curve"], ylabel="%", xticks=x)

@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from lm import models, runs
 from lm.log_probs import check_head
 from lm.quantized import keep_gradients
-from lm.records import InputError, first_line
+from lm.records import InputError, first_line, listed
 from self_judge.base import find_base, load_base
 from self_judge.config import OURS, Config
 from self_judge.data import MAX_LENGTH
@@ -91,8 +91,8 @@ def training_arguments(config: Config, kind: type[TrainingArguments], defaults: 
         if options.get(name, 1) < 1:
             raise InputError(f"{config.path}: training_args.{name} is {options[name]}; expected 1 "
                              "or more")
-    report_to = options["report_to"] or "none"
-    runs.check_trackers(report_to)
+    options["report_to"] = listed(options["report_to"] or "none")
+    runs.check_trackers(options["report_to"])
     try:
         arguments = kind(**options, **fixed, logging_nan_inf_filter=False)
     except (ValueError, TypeError, ImportError) as error:

@@ -164,7 +164,8 @@ def run(model: nn.Module, part: Part, rows: Rows) -> Iterator[tuple[Sequence[int
         # Padding repeats the last position: one further might be beyond the model's table
         positions = before + place.minimum(lengths[:, None] - 1)
         yield batch, last_logits(model, ids, lengths, attention_mask=mask, position_ids=positions,
-                                 past_key_values=copy_rows(cache, which), use_cache=True)[0]
+                                 use_cache=True,
+                                 past_key_values=copy_rows(cache, which, DynamicCache()))[0]
 
 
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor,

@@ -1,10 +1,12 @@
 """The cache that grows in place, against transformers'."""
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_judge import tiny_model
 from transformers import DynamicCache
 
-from lm.cache import ROOM, GrowingCache, GrowingLayer, copy_rows
+from lm.cache import ROOM, GrowingCache, GrowingLayer, can_share, copy_rows
 
 IDS = torch.arange(5, 5 + 2 * (ROOM + 20)).reshape(2, -1) % 300
 
@@ -18,7 +20,7 @@ def logits_in_pieces(model, cache, lengths) -> torch.Tensor:
 @torch.no_grad()
 def test_growing_layers_hold_what_transformers_hold():
     model, lengths = tiny_model(), [10, 1, 1, ROOM, 1, 7]
-    growing, usual = GrowingCache(), DynamicCache(config=model.config)
+    growing, usual = GrowingCache(IDS.shape[1]), DynamicCache(config=model.config)
     assert torch.equal(logits_in_pieces(model, growing, lengths),
                        logits_in_pieces(model, usual, lengths))
     assert growing.get_seq_length() == usual.get_seq_length() == IDS.shape[1]
@@ -28,7 +30,7 @@ def test_growing_layers_hold_what_transformers_hold():
 
 
 def test_a_token_is_written_without_copying_those_before():
-    layer, states = GrowingLayer(), torch.randn(2, 3, 4, 5)
+    layer, states = GrowingLayer(200), torch.randn(2, 3, 4, 5)
     keys, _ = layer.update(states, states)
     for _ in range(ROOM):
         more, values = layer.update(states[:, :, :1], 2 * states[:, :, :1])
@@ -38,13 +40,29 @@ def test_a_token_is_written_without_copying_those_before():
     assert more.data_ptr() != keys.data_ptr() and torch.equal(more[:, :, :4], states)
 
 
+def test_layers_take_no_more_memory_than_their_tokens_will():
+    layer, states = GrowingLayer(7), torch.randn(2, 3, 4, 5)
+    layer.update(states, states)
+    assert [memory.shape[2] for memory in layer.memory] == [7, 7]
+
+
 @torch.no_grad()
 def test_copied_rows_go_on_alone():
-    model, cache = tiny_model(), GrowingCache()
+    model, cache = tiny_model(), GrowingCache(8)
     model(input_ids=IDS[:, :8], past_key_values=cache, use_cache=True)
     which = torch.tensor([1, 0, 1])
-    copy = copy_rows(cache, which)
+    copy = copy_rows(cache, which, GrowingCache(12))
     found = model(input_ids=IDS[which, 8:12], past_key_values=copy, use_cache=True).logits
     expected = model(input_ids=IDS[which, :12]).logits[:, 8:]
     assert torch.allclose(found, expected, atol=1e-5)
-    assert type(copy) is GrowingCache and cache.get_seq_length() == 8
+    assert copy.get_seq_length() == 12 and cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize(("name", "shares"), [
+    ("llama", True), ("gpt2", True), ("gemma2", False), ("mistral", False), ("mamba", False)])
+def test_only_ordinary_caches_are_shared(name, shares):
+    model = tiny_model(name)
+    assert can_share(model) is shares
+    if name in ("llama", "mistral"):
+        assert can_share(get_peft_model(model, LoraConfig(
+            r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))) is shares

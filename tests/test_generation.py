@@ -80,9 +80,26 @@ def test_a_prompt_that_comes_several_times_is_read_once(folder):
     assert read[:3] == [(2, len(prompt_ids(tokenizer, long)) - 1), (5, 1), (5, 1)]
     assert len(read) <= 1 + settings["max_new_tokens"]
     assert together == by_index(generate(model, tokenizer, prompts, token_budget=1, **settings))
-    one_token = [tokenizer.eos_token_id]
-    twice = by_index(generate(model, tokenizer, [one_token] * 2, max_new_tokens=3))
-    assert twice[0] == twice[1]
+
+
+def test_prompts_of_one_token_may_come_several_times_too(folder):
+    """Read without their last tokens nothing would be left of them."""
+    model, tokenizer = load(folder)
+    prompts = [[5]] * 2 + [[7, 8, 9]] * 3
+    together = by_index(generate(model, tokenizer, prompts, max_new_tokens=4))
+    assert together == by_index(generate(model, tokenizer, prompts, max_new_tokens=4,
+                                         token_budget=1))
+    assert together[0] == together[1]
+
+
+def test_what_saves_little_is_not_shared(folder):
+    model, tokenizer = load(folder)
+    read = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: read.append(len(kwargs["input_ids"])),
+        with_kwargs=True)
+    list(generate(model, tokenizer, [PROMPTS[0]] * 2 + PROMPTS[3:], max_new_tokens=2))
+    assert read == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["mistral", "mamba"])

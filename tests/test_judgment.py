@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_judge import PRINCIPLES, TEMPLATE, tiny_model, tiny_tokenizer
 from training_runs import in_two_processes
 
-from lm.cache import can_share
 from lm.records import InputError
 from self_judge import next_token
 from self_judge.judgment import (
@@ -206,16 +205,6 @@ def test_row_that_begins_another_keeps_an_end_of_its_own():
     rows = [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]]
     _, groups = next_token.best_groups(rows, [0, 1, 2])
     assert all(group.length < len(rows[row]) for group in groups for row in group.rows)
-
-
-@pytest.mark.parametrize(("name", "shares"), [
-    ("llama", True), ("gpt2", True), ("gemma2", False), ("mistral", False), ("mamba", False)])
-def test_only_ordinary_caches_are_shared(name, shares):
-    model = tiny_model(name)
-    assert can_share(model) is shares
-    if name in ("llama", "mistral"):
-        assert can_share(get_peft_model(model, LoraConfig(
-            r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))) is shares
 
 
 def test_adapter_is_judged_in_the_state_that_it_is_in(tokenizer):

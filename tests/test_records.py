@@ -15,6 +15,7 @@ import pytest
 from lm.records import (
     InputError,
     check_fields,
+    listed,
     read_records,
     sha256,
     whole_folder,
@@ -119,6 +120,13 @@ def test_fields_and_types():
                          ({"a": "", "b": "1"}, "'b' is text; expected a number or null")):
         with pytest.raises(InputError, match=f"^f: record 1: .*{message}$"):
             check_fields([{"a": ""}, bad], "f", required, optional)
+
+
+def test_flags_that_must_list_something_say_so():
+    assert listed(" a,b,", "--outputs") == ["a", "b"] and listed("") == []
+    for value in ("", " , ", ()):
+        with pytest.raises(InputError, match="--outputs is empty; name at least one"):
+            listed(value, "--outputs")
 
 
 def test_written_json_is_read_back_and_public(tmp_path):

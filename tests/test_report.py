@@ -358,7 +358,7 @@ def test_the_curves_of_one_training_need_not_be_cuts(tmp_path):
     """DPO's log has rewards, and no likelihood part."""
     log = [{"step": 1, "loss": 0.69, "rewards/margins": 0.1}, {"step": 1, "train_runtime": 2.0}]
     write(tmp_path / "trainer_state.json", {"log_history": log})
-    assert [title for title, names, scale in figures.TRAINING
+    assert [title for title, names, scale in figures.TRAINING_PANELS
             if figures.lines_of(log, names, scale)] == ["Loss", "Rewards"]
     plot_training.main(str(tmp_path))
     drawn = (tmp_path / "loss.png").read_bytes()

@@ -14,8 +14,9 @@ IDS = torch.arange(24).reshape(12, 2)  # 24 rows of hidden states
 
 @pytest.fixture
 def orders(monkeypatch):
-    """Whether the usual order was taken, product by product."""
+    """Whether the usual order was taken, product by product; with MKL here or not."""
     taken = []
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     linear = torch.nn.functional.linear
 
     def noted(x, weight, bias=None):
@@ -49,11 +50,12 @@ def test_models_are_left_as_they_were(orders):
             pass
         model(IDS)
         assert orders == []
-        assert not any("forward" in vars(module) for module in model.modules()
-                       if type(module) is not nn.Linear)
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.allclose(found, before, atol=1e-4)
-    assert found.grad_fn is not None and len(orders) == 0
+    assert found.grad_fn is not None
+    with pytest.raises(KeyError), skinny_products(model):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_half_precision_and_layers_of_other_kinds_keep_their_own(orders):
