@@ -92,6 +92,22 @@ def test_prompts_of_one_token_may_come_several_times_too(folder):
     assert together[0] == together[1]
 
 
+def test_rows_that_have_ended_are_left_out(folder):
+    """Once they are half of the batch; what the others say does not change by it."""
+    model, tokenizer = load(folder)
+    model.generation_config.eos_token_id = list(range(60))  # of 450: most rows end early
+    run = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: run.append(len(kwargs["input_ids"])),
+        with_kwargs=True)
+    settings = {"max_new_tokens": 50, "temperature": 1.0}
+    together = by_index(generate(model, tokenizer, PROMPTS * 4, **settings))
+    assert run[0] == 24 and run == sorted(run, reverse=True) and run[-1] <= 12
+    lengths = sorted(len(found.token_ids) for found in together.values())
+    assert lengths[0] < 16 < lengths[-1]  # or the test could not fail
+    assert together == by_index(generate(model, tokenizer, PROMPTS * 4, token_budget=1, **settings))
+
+
 def test_what_saves_little_is_not_shared(folder):
     model, tokenizer = load(folder)
     read = []
