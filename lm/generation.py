@@ -3,8 +3,8 @@
     for index, response in generate(model, tokenizer, prompts, max_new_tokens=256):
         ...
 
-Results come as each batch ends, with the prompt's index, so that a caller can save them at once and
-go on after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
+Results come as they end, with the prompt's index, so that a caller can save them at once and go on
+after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
 are those of one prompt at a time, and a sample follows from the seed and the prompt's index.
 (So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another batch
 shape can round a near tie of greedy answers the other way too.)
@@ -56,7 +56,7 @@ def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
              token_budget: int = 16384, temperature: float = 0.0, top_p: float = 1.0,
              seed: int | str = 0,
              synced_gpus: bool = False) -> Iterator[tuple[Hashable, Response]]:
-    """Yield (index, response) for each prompt, in the order in which batches end.
+    """Yield (index, response) for each prompt, in the order in which they end.
 
     Prompts are texts, token ids, or messages `{role, content}`, which the model's own chat
     template writes; a mapping gives them keys of their own in place of indices, as after a stop.
