@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SELF-JUDGE on a laptop: two CPU cores, 5 GB of memory, 3 GB of disk, 11 minutes after the installs.
+# SELF-JUDGE on a laptop: two CPU cores, 5 GB of memory, 3 GB of disk, 12 minutes after the installs.
 #
 #   bash scripts/self_judge_quickstart.sh
 #
