@@ -3,23 +3,23 @@
     for index, response in generate(model, tokenizer, prompts, max_new_tokens=256):
         ...
 
-Results come as they end, with the prompt's index, so that a caller can save them at once and go on
-after a stop. What a prompt gets does not depend on the batch that it is in: greedy answers
-are those of one prompt at a time, and a sample follows from the seed and the prompt's index.
-(So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another batch
-shape can round a near tie of greedy answers the other way too.)
+Results come a few tokens after their end, with the prompt's index, so that a caller can save them
+and go on after a stop. What a prompt gets does not depend on the batch that it is in: greedy
+answers are those of one prompt at a time, and a sample follows from the seed and the prompt's
+index. (So in fp32, but for near ties in the order of a `top_p` nucleus; in half precision another
+batch shape can round a near tie of greedy answers the other way too.)
 
 Of prompts that come several times each is read once a batch, the cache grows in place
 (lm/cache.py), and a CPU multiplies a few rows in its faster order (lm/skinny.py): on two cores 16
 responses of 64 tokens to 8 prompts of 150 to 300 took 0.63 of the time without, with the same ids.
-Rows that have ended leave the batch: 480 samples of 5 to 48 tokens took 0.66 of the time.
+Rows that have ended leave the batch once they are half of it: 480 samples of 5 to 48 tokens took
+0.66 of the time.
 
 transformers' continuous batching (`generate_batch`) took 1.2 to 1.7 times as long per token on a
 CPU, and was not measured on a GPU; for those there is vLLM (lm/vllm_engine.py, or a server).
 """
 
 import contextlib
-import itertools
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lm.cache import GrowingCache, can_share, copy_rows
+from lm.cache import GrowingCache, can_share
 from lm.models import context_of, evaluating, without_adapter
 from lm.records import InputError
 from lm.skinny import skinny_products
@@ -78,8 +78,8 @@ def generate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     lengths = {index: len(row) for index, row in rows.items()}
     batches = [list(rows)] if synced_gpus else token_budget_batches(lengths, max_new_tokens,
                                                                     token_budget)
-    return itertools.chain.from_iterable(
-        decoder.responses({index: rows[index] for index in batch}) for batch in batches)
+    return (found for batch in batches
+            for found in decoder.responses({index: rows[index] for index in batch}))
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
@@ -211,15 +211,17 @@ def check_lengths(rows: Mapping[Hashable, list[int]], context: int | None,
 
 
 class Decoder:
-    """Completes one batch of prompts after the other, `stretch` tokens at a time.
+    """Completes one batch of prompts after the other, a stretch of tokens at a time.
 
-    After each stretch rows that have ended are left out, once they are half of the batch: fewer
-    would not be worth the copy of the others' cache.
+    After a stretch rows that have ended leave the batch, once they are half of it: to let go of
+    fewer would not be worth the copy of the others' cache.
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
                  max_new_tokens: int, temperature: float, top_p: float, seed: int | str,
                  synced_gpus: bool):
+        from transformers import GenerationConfig
+
         self.model, self.tokenizer = without_adapter(model), tokenizer
         self.runner = model if synced_gpus else self.model  # FSDP gathers for its outermost module
         self.stops = stop_ids(self.model, tokenizer)
@@ -228,53 +230,59 @@ class Decoder:
         # Sharded weights want as many passes on every process: there a batch is one stretch
         self.own_cache = not synced_gpus and can_share(self.model)
         self.stretch = STRETCH if self.own_cache else max_new_tokens
+        self.config = GenerationConfig(do_sample=False, eos_token_id=self.stops,
+                                       pad_token_id=tokenizer.eos_token_id)
 
     def responses(self, rows: Mapping[Hashable, list[int]]) -> Iterator[tuple[Hashable, Response]]:
-        """Complete a batch."""
+        """Complete a batch; yields each response after the stretch in which it ends."""
         device, indices = self.model.device, list(rows)
         ids, mask = (part.to(device) for part in left_pad(
             list(rows.values()), self.tokenizer.eos_token_id))
-        width, last = ids.shape[1], ids.shape[1] + self.max_new_tokens
-        sampler = Sampler(indices, width, self.max_new_tokens, *self.sampling)
-        ends = torch.tensor(self.stops, device=device)
-        cache = self._read(list(map(tuple, rows.values())), ids, mask) if self.own_cache else None
+        width, length = ids.shape[1], ids.shape[1] + self.max_new_tokens
+        options = {"past_key_values": GrowingCache(length)} if self.own_cache else {}
+        if self.own_cache:
+            self._read(list(map(tuple, rows.values())), ids, mask, **options)
+        if self.sampling[0]:
+            sampler = Sampler(indices, width, self.max_new_tokens, *self.sampling)
+            options["logits_processor"] = [sampler]
+        stops = torch.tensor(self.stops, device=device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         while indices:
-            new = min(self.stretch, last - ids.shape[1])
-            ids = self._continue(ids, mask, new, sampler, cache)
+            ids = self._continue(ids, mask, min(self.stretch, length - ids.shape[1]), **options,
+                                 stopping_criteria=[lambda ids, scores, ended=ended: ended])
             mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-            ended = torch.isin(ids[:, width:], ends).any(1) | (ids.shape[1] == last)
-            if 2 * ended.sum() < len(indices):
-                continue
-            for row in ended.nonzero().flatten().tolist():
+            before, ended = ended, torch.isin(ids[:, width:], stops).any(1) | (
+                ids.shape[1] == length)
+            for row in (ended & ~before).nonzero().flatten().tolist():
                 yield indices[row], response_of(self.tokenizer, ids[row, width:].tolist(),
                                                 self.stops)
+            if 2 * ended.sum() < len(indices):
+                continue
             left = (~ended).nonzero().flatten()
-            indices, ids, mask = [indices[row] for row in left.tolist()], ids[left], mask[left]
-            sampler.keep(left)
-            if cache is not None and indices:
-                cache = copy_rows(cache, left, GrowingCache(last))
+            indices = [indices[row] for row in left.tolist()]
+            ids, mask, ended = ids[left], mask[left], ended[left]
+            if self.sampling[0]:
+                sampler.keep(left)
+            if self.own_cache:
+                options["past_key_values"].batch_select_indices(left)
 
-    def _read(self, prompts: Sequence[tuple[int, ...]], ids: Tensor, mask: Tensor) -> GrowingCache:
-        """The cache to go on from: of the prompts but for their last tokens, each read once.
+    def _read(self, prompts: Sequence[tuple[int, ...]], ids: Tensor, mask: Tensor,
+              past_key_values: GrowingCache) -> None:
+        """Put prompts that come several times into the cache, but for their last tokens.
 
-        Or an empty one, where that saves less than half of the reading.
+        Each is read once. Where all are different `generate` reads them.
         """
         first: dict[tuple[int, ...], int] = {}
         which = [first.setdefault(prompt, len(first)) for prompt in prompts]
-        limit = ids.shape[1] + self.max_new_tokens
-        cache = GrowingCache(limit)
-        if 2 * len(first) > len(prompts) or min(map(len, first)) == 1:  # no mask may be all zeros
-            return cache
+        if len(first) == len(prompts) or min(map(len, first)) == 1:  # no mask may be all zeros
+            return
         rows = [which.index(prompt) for prompt in range(len(first))]
-        self._continue(ids[rows, :-1], mask[rows, :-1], 1, None, cache)  # its token is of no use
-        return copy_rows(cache, torch.tensor(which), GrowingCache(limit))
+        self._continue(ids[rows, :-1], mask[rows, :-1], 1,  # a token that is of no use
+                       past_key_values=past_key_values)
+        past_key_values.batch_select_indices(torch.tensor(which))
 
-    def _continue(self, ids: Tensor, mask: Tensor, new: int, sampler: Sampler | None,
-                  cache: GrowingCache | None) -> Tensor:
-        """The ids and at most `new` more of each row, greedy without a sampler."""
-        options = {"logits_processor": [sampler]} if sampler and self.sampling[0] else {}
-        if cache is not None:
-            options["past_key_values"] = cache
+    def _continue(self, ids: Tensor, mask: Tensor, new: int, **options) -> Tensor:
+        """The ids and at most `new` more of each row."""
         with self._settings():
             return self.runner.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new,
                                         synced_gpus=self.synced_gpus, **options)
@@ -285,11 +293,8 @@ class Decoder:
 
         A config passed to `generate` would be filled up from the model's, so it is replaced.
         """
-        from transformers import GenerationConfig
-
         saved = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=self.stops, pad_token_id=self.tokenizer.eos_token_id)
+        self.model.generation_config = self.config
         try:
             with evaluating(self.model), skinny_products(self.model):
                 yield

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lm.cache import can_share, copy_rows
+from lm.cache import can_share
 from lm.generation import left_pad, token_budget_batches
 from lm.log_probs import is_linear, logits_of
 from lm.models import evaluating, output_head, unwrapped
@@ -164,8 +164,7 @@ def run(model: nn.Module, part: Part, rows: Rows) -> Iterator[tuple[Sequence[int
         # Padding repeats the last position: one further might be beyond the model's table
         positions = before + place.minimum(lengths[:, None] - 1)
         yield batch, last_logits(model, ids, lengths, attention_mask=mask, position_ids=positions,
-                                 use_cache=True,
-                                 past_key_values=copy_rows(cache, which, DynamicCache()))[0]
+                                 past_key_values=copy_rows(cache, which), use_cache=True)[0]
 
 
 def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor,
@@ -211,6 +210,15 @@ def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     return (torch.tensor([list(row) + [PADDING] * (longest - len(row)) for row in rows]),
             torch.tensor([len(row) for row in rows]))
+
+
+def copy_rows(cache: DynamicCache, which: Tensor) -> DynamicCache:
+    """A new cache of some rows, which may come several times."""
+    copy = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        index = which.to(layer.keys.device)
+        copy.update(layer.keys[index], layer.values[index], number)
+    return copy
 
 
 def missing_forwards(model: nn.Module, forwards: int) -> int:

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_judge import tiny_model
 from transformers import DynamicCache
 
-from lm.cache import ROOM, GrowingCache, GrowingLayer, can_share, copy_rows
+from lm.cache import ROOM, GrowingCache, GrowingLayer, can_share
 
 IDS = torch.arange(5, 5 + 2 * (ROOM + 20)).reshape(2, -1) % 300
 
@@ -47,15 +47,13 @@ def test_layers_take_no_more_memory_than_their_tokens_will():
 
 
 @torch.no_grad()
-def test_copied_rows_go_on_alone():
-    model, cache = tiny_model(), GrowingCache(8)
+def test_selected_rows_go_on():
+    model, cache, which = tiny_model(), GrowingCache(12), torch.tensor([1, 0, 1])
     model(input_ids=IDS[:, :8], past_key_values=cache, use_cache=True)
-    which = torch.tensor([1, 0, 1])
-    copy = copy_rows(cache, which, GrowingCache(12))
-    found = model(input_ids=IDS[which, 8:12], past_key_values=copy, use_cache=True).logits
+    cache.batch_select_indices(which)
+    found = model(input_ids=IDS[which, 8:12], past_key_values=cache, use_cache=True).logits
     expected = model(input_ids=IDS[which, :12]).logits[:, 8:]
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert copy.get_seq_length() == 12 and cache.get_seq_length() == 8
+    assert torch.allclose(found, expected, atol=1e-5) and cache.get_seq_length() == 12
 
 
 @pytest.mark.parametrize(("name", "shares"), [
